@@ -1,0 +1,123 @@
+"""The kernels on a GPU: python -m pytest -m cuda tests/test_cuda.py
+
+Needs torch, triton, numpy and pytest alone, so that it runs from a checkout on a machine with nothing else.
+"""
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tritoncls.ema import ModelEma, ema_blend_
+from tritoncls.losses import cross_entropy, topk_correct
+from tritoncls.runtime import UserError, checked
+
+pytestmark = pytest.mark.cuda
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def draw(N, C, dtype=torch.float32):
+    gen = torch.Generator("cuda").manual_seed(N * C)
+    return ((torch.randn(N, C, generator=gen, device="cuda") * 3).to(dtype),
+            torch.randint(0, C, (N,), generator=gen, device="cuda"))
+
+
+def loss_and_grad(function, logits):
+    x = logits.clone().requires_grad_()
+    loss = function(x)
+    loss.backward()
+    return loss.detach().double(), x.grad.double()
+
+
+@contextmanager
+def waiting_is_an_error():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try: yield
+    finally: torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", (1, 2, 10, 1000, 1001, 21841))
+@pytest.mark.parametrize("N", (1, 5, 33, 1024))
+def test_loss_gradient_and_counts(N, C, dtype):
+    logits, target = draw(N, C, dtype)
+    target[::4] = -100
+    exact = loss_and_grad(lambda x: F.cross_entropy(x, target, label_smoothing=0.1), logits.double())
+    torchs = loss_and_grad(lambda x: F.cross_entropy(x, target, label_smoothing=0.1), logits)
+    ours = loss_and_grad(lambda x: cross_entropy(x, target, label_smoothing=0.1).loss, logits)
+    if N == 1:
+        assert ours[0].isnan() and exact[0].isnan()
+        return
+    valid = (target >= 0).sum().item()
+    for got, his, want, unit, result in zip(ours, torchs, exact, (1.0, 1 / valid), (torch.float32, dtype), strict=True):
+        largest = want.abs().max().item()
+        rounding = 0.5 * torch.finfo(result).eps * largest
+        allowed = (his - want).abs().max().item() + 4 * 2**-23 * max(unit, largest) + rounding
+        assert (got - want).abs().max().item() <= allowed
+    order = logits.float().sort(dim=1, descending=True, stable=True).indices
+    rank = (order == target[:, None]).float().argmax(1)
+    counts = [((rank < k) & (target >= 0)).sum().item() for k in (1, 5)]
+    assert cross_entropy(logits, target).correct.tolist() == counts == topk_correct(logits, target).tolist()
+
+
+def test_bad_class_id_is_nan_and_checked_mode_raises():
+    logits, target = draw(64, 1000)
+    target[3], target[5] = 1000, -7
+    x = logits.clone().requires_grad_()
+    out = cross_entropy(x, target, reduction="none", return_rank=True)
+    assert out.loss.isnan().nonzero().flatten().tolist() == [3, 5] and out.rank[[3, 5]].tolist() == [1000, 1000]
+    out.loss.nan_to_num().sum().backward()
+    assert x.grad.isnan().any(1).nonzero().flatten().tolist() == [3, 5]
+    with checked(), pytest.raises(UserError, match=r"target\[3\] = 1000"): cross_entropy(logits, target)
+
+
+@pytest.mark.parametrize("alpha", (1e-5, 0.1, 0.49, 0.5, 0.9, 1.0))
+def test_ema_is_bit_equal_to_foreach_lerp(alpha):
+    gen = torch.Generator("cuda").manual_seed(0)
+    sizes = ((7,), (3, 5), (64, 65), (4096,), (100_003,), (), (0, 3))
+    shadows, params = ([torch.randn(size, generator=gen, device="cuda") for size in sizes] for _ in range(2))
+    torchs = [e.clone() for e in shadows]
+    torch._foreach_lerp_(torchs, params, alpha)
+    ema_blend_(shadows, params, alpha)
+    assert all(torch.equal(a, b) for a, b in zip(shadows, torchs, strict=True))
+
+
+def test_ema_of_16_bit_parameters_and_integers():
+    gen = torch.Generator("cuda").manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16):
+        e, p = (torch.randn(9000, generator=gen, device="cuda") for _ in range(2))
+        p = p.to(dtype)
+        count, counted = (torch.tensor(n, dtype=torch.int64, device="cuda") for n in (0, 2**40 + 7))
+        want = e.lerp(p.float(), 0.1)
+        ema_blend_([e, count], [p, counted], torch.tensor([0.1], device="cuda"))
+        assert torch.equal(e, want) and count.item() == 2**40 + 7
+
+
+def test_no_host_sync():
+    logits, target = draw(256, 1000, torch.bfloat16)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)).cuda()
+    ema = ModelEma(model, momentum=0.9)
+    ema.update()
+    with waiting_is_an_error():
+        cross_entropy(logits.requires_grad_(), target, label_smoothing=0.1).loss.backward()
+        topk_correct(logits, target)
+        ema.update()
+
+
+def test_captured_in_a_graph():
+    logits, target = draw(64, 1000, torch.bfloat16)
+    static = logits.clone().requires_grad_()
+
+    def step():
+        out = cross_entropy(static, target, label_smoothing=0.1)
+        return out.loss.detach(), out.correct, torch.autograd.grad(out.loss, static)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream): step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): captured = step()
+    with torch.no_grad(): static.copy_(draw(64, 1000, torch.bfloat16)[0].flip(0))
+    graph.replay()
+    for a, b in zip(captured, step(), strict=True): assert torch.equal(a, b)
