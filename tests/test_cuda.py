@@ -3,13 +3,16 @@
 Needs torch, triton, numpy and pytest alone, so that it runs from a checkout on a machine with nothing else.
 """
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tritoncls.ema import ModelEma, ema_blend_
-from tritoncls.losses import cross_entropy, topk_correct
+from tritoncls.losses import (
+    MixedTarget, binary_cross_entropy, binary_cross_entropy_and_grad, cross_entropy, cross_entropy_and_grad, pad_classifier,
+    topk_correct)
 from tritoncls.runtime import UserError, checked
 
 pytestmark = pytest.mark.cuda
@@ -61,6 +64,75 @@ def test_loss_gradient_and_counts(N, C, dtype):
     assert cross_entropy(logits, target).correct.tolist() == counts == topk_correct(logits, target).tolist()
 
 
+SHAPES = ((33, 10, 10), (300, 1000, 1000), (300, 1001, 1001), (64, 21841, 21848), (64, 21841, 21841), (2, 131072, 131072),
+          (3000, 257, 300))
+
+
+def targets(N, C):
+    (_, y1), (_, y2) = draw(N, C), draw(N + 1, C)
+    lam = torch.linspace(0, 1, N, device="cuda")
+    return dict(ids=y1, mixed=MixedTarget(y1, y2[:N], lam), dense=draw(N, C)[0].softmax(1))
+
+
+def written_out(target, C):
+    if isinstance(target, torch.Tensor): return target if target.ndim == 2 else F.one_hot(target, C).double()
+    lam = target.lam.double()[:, None]
+    return lam * F.one_hot(target.y1, C) + (1 - lam) * F.one_hot(target.y2, C)
+
+
+def check(ours, exact, logits):
+    "Loss and gradient beside fp64: fp32 arithmetic, and the gradient's own rounding."
+    for got, want, eps in zip(ours, exact, (2**-23, torch.finfo(logits.dtype).eps), strict=True):
+        assert (got - want).abs().max() <= 64 * 2**-23 * (1 + want.abs().max()) + eps * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "C", "stride"), SHAPES)
+@pytest.mark.parametrize("kind", ("ids", "mixed", "dense"))
+def test_every_target_layout_and_plan(kind, N, C, stride, dtype):
+    logits, target = draw(N, stride, dtype)[0][:, :C], targets(N, C)[kind]
+    dense = written_out(target, C).double()
+    weight = torch.linspace(0.5, 1.5, C, device="cuda")
+    smooth = dense * 0.9 + 0.1 / C
+
+    def exact_ce(x):
+        loss = -(smooth * weight.double() * x.log_softmax(1)).sum(1)
+        return (loss.sum() / (weight.double()[target].sum() if kind == "ids" else N)) + 1e-3 * x.logsumexp(1).square().mean()
+    options = dict(weight=weight, label_smoothing=0.1, z_loss=1e-3)
+    ours = loss_and_grad(lambda x: cross_entropy(x, target, **options).loss, logits)
+    check(ours, loss_and_grad(exact_ce, logits.double()), logits)
+    out, dx = cross_entropy_and_grad(logits, target, grad_scale=torch.tensor(8.0, device="cuda"), **options)
+    assert torch.equal(out.loss.double(), ours[0])
+    torch.testing.assert_close(dx.double() / 8, ours[1], rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-7)
+
+    ours = loss_and_grad(lambda x: binary_cross_entropy(x, target, label_smoothing=0.1, pos_weight=weight).loss, logits)
+    check(ours, loss_and_grad(lambda x: F.binary_cross_entropy_with_logits(
+        x, smooth, pos_weight=weight.double()), logits.double()), logits)
+    both, dx = binary_cross_entropy_and_grad(logits, target, label_smoothing=0.1, pos_weight=weight)
+    assert torch.equal(both.loss.double(), ours[0])
+    torch.testing.assert_close(dx.double(), ours[1], rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-7)
+    counts = topk_correct(logits, target, backend="torch")
+    for got in (topk_correct(logits, target), out.correct, both.correct): torch.testing.assert_close(got, counts)
+
+
+def test_bit_equal_over_runs():
+    for N, C in ((8192, 1000), (4, 50257)):
+        logits, target = draw(N, C, torch.bfloat16)
+        loss = partial(cross_entropy, target=target, label_smoothing=0.1)
+        runs = [loss_and_grad(lambda x, loss=loss: loss(x).loss, logits) for _ in range(20)]
+        assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
+def test_padded_classifier():
+    linear = torch.nn.Linear(64, 21841, device="cuda", dtype=torch.bfloat16)
+    x, (_, y) = torch.randn(32, 64, device="cuda", dtype=torch.bfloat16), draw(32, 21841)
+    padded = pad_classifier(linear)
+    loss = cross_entropy(padded(x), y).loss
+    loss.backward()
+    exact = F.cross_entropy(x.double() @ linear.weight.double().T + linear.bias.double(), y)
+    assert padded(x).stride(0) == 21848 and abs(loss.item() - exact.item()) < 1e-2 and linear.weight.grad.isfinite().all()
+
+
 def test_bad_class_id_is_nan_and_checked_mode_raises():
     logits, target = draw(64, 1000)
     target[3], target[5] = 1000, -7
@@ -100,8 +172,11 @@ def test_no_host_sync():
     ema = ModelEma(model, momentum=0.9)
     ema.update()
     with waiting_is_an_error():
-        cross_entropy(logits.requires_grad_(), target, label_smoothing=0.1).loss.backward()
-        topk_correct(logits, target)
+        for kind in (target, MixedTarget(target, target.flip(0), 0.3), F.one_hot(target, 1000).float()):
+            cross_entropy(logits.requires_grad_(), kind, label_smoothing=0.1).loss.backward()
+            binary_cross_entropy(logits, kind, label_smoothing=0.1).loss.backward()
+            cross_entropy_and_grad(logits, kind, grad_scale=1024.0)
+            topk_correct(logits, kind)
         ema.update()
 
 

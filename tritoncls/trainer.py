@@ -190,7 +190,7 @@ class ClsTrainer(BaseTrainer):
     ) -> dict[str, torch.Tensor]:    # loss and accuracies in percent, on the device
         "Forward, loss, accuracy, backward; after a group of micro-batches also the step and the moving average."
         with self.autocast:
-            losses, correct = self._loss_and_counts(self.model(samples), target)
+            losses, correct = self._loss_and_counts(self.model(samples), target, samples)
         loss, parts = total_loss(losses)
         size, last = micro_batch(self.progress.iter, self.progress.max_iter, self.cfg.solver.accumulation_steps)
         self.solver.backward(loss / size)
@@ -214,9 +214,9 @@ class ClsTrainer(BaseTrainer):
             raise RuntimeError(f"the dataloader ended after {self.progress.iter - 1} batches; "
                                f"its length is {self.progress.max_iter}") from None
 
-    def _loss_and_counts(self, logits, target):
+    def _loss_and_counts(self, logits, target, samples):
+        inputs = (logits, target, samples) if getattr(self.loss, "takes_samples", False) else (logits, target)
         if hasattr(self.loss, "with_accuracy"):
-            out = self.loss.with_accuracy(logits, target)
+            out = self.loss.with_accuracy(*inputs)
             return out.loss, out.correct
-        ids = target.argmax(1) if target.ndim == 2 else target
-        return self.loss(logits, target), topk_correct(logits, ids, backend=self.cfg.backend)
+        return self.loss(*inputs), topk_correct(logits, target, backend=self.cfg.backend)

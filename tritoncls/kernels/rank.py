@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Target', 'TILES', 'MAX_PROGRAMS', 'FEW_PROGRAMS', 'LEAST_TILE', 'LEAST_SPLIT', 'PEEL_FROM', 'REGISTERS',
-           'TARGET_SCHEMA', 'MixedTarget', 'Parts', 'target_parts', 'rank_reference', 'tile_at', 'load_tile',
-           'load_target', 'dense_argmax', 'at_class', 'count_ahead', 'hits', 'last_to_arrive', 'add_up', 'rank_rows',
-           'rank_kernel', 'load_parts', 'Plan', 'plan_rows', 'arrivals', 'row_layout', 'rows_contiguous',
-           'target_arguments', 'plan_arguments', 'launch_rows', 'clamp_topk', 'empty_counts', 'rank_op', 'ranks_of',
-           'sum_hits', 'count_hits', 'check_logits', 'check_target', 'check_class_ids', 'check_lam', 'check_topk',
-           'topk_correct', 'kernel_backend']
+           'TARGET_SCHEMA', 'MixedTarget', 'Parts', 'target_parts', 'rank_reference', 'tile_at', 'inside_row',
+           'load_tile', 'load_target', 'dense_argmax', 'at_class', 'count_ahead', 'hits', 'at_field', 'take_field',
+           'last_to_arrive', 'add_up', 'rank_rows', 'rank_kernel', 'load_parts', 'Plan', 'plan_rows', 'arrivals',
+           'row_layout', 'rows_contiguous', 'target_arguments', 'plan_arguments', 'launch_rows', 'clamp_topk',
+           'empty_counts', 'rank_op', 'ranks_of', 'rank_on_cpu', 'rank_beside', 'sum_hits', 'count_hits',
+           'check_logits', 'check_target', 'check_class_ids', 'all_inside', 'check_lam', 'check_topk', 'topk_correct',
+           'kernel_backend']
 
-# %% ../../nbs/10_rank.ipynb #25baf158
+# %% ../../nbs/10_rank.ipynb #f835265b
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from ..runtime import UserError, launching, resolve_backend, values_are_checked
 import triton
 import triton.language as tl
 
-# %% ../../nbs/10_rank.ipynb #7df086ba
+# %% ../../nbs/10_rank.ipynb #aa2f1106
 class MixedTarget(NamedTuple):
     "Two class ids a row and the weight of the first one: the target of an image that mixup or cutmix has blended."
     y1: torch.Tensor           # (N,) class ids
@@ -54,7 +55,7 @@ def target_parts(
         return Parts(y1, y2, lam)
     return Parts(dense=target) if target.ndim == 2 else Parts(target)
 
-# %% ../../nbs/10_rank.ipynb #a2993faf
+# %% ../../nbs/10_rank.ipynb #e5c08c77
 def rank_reference(
     logits: torch.Tensor,  # (N, C)
     target: torch.Tensor,  # (N,) class ids; outside [0, C): the row gets rank C
@@ -64,10 +65,11 @@ def rank_reference(
     known = (target >= 0) & (target < C)                                        # (N,)
     y = torch.where(known, target, 0).long()[:, None]                           # (N, 1)
     t = logits.gather(1, y)                                                     # (N, 1)
-    ahead = ~(logits <= t) | (logits == t) & (torch.arange(C, device=logits.device) < y)  # (N, C)
-    return torch.where(known & ~t[:, 0].isnan(), ahead.sum(1, dtype=torch.float32), C).int()
+    lower = torch.arange(C, device=logits.device) < y                           # (N, C)
+    ahead = ~(logits <= t) | (logits == t) & lower                              # (N, C)
+    return torch.where(known & ~t[:, 0].isnan(), ahead.sum(1), C).int()
 
-# %% ../../nbs/10_rank.ipynb #c6b4a77e
+# %% ../../nbs/10_rank.ipynb #bc83c990
 @triton.jit
 def tile_at(row, start, STRIDE: tl.constexpr, PEEL: tl.constexpr, BLOCK: tl.constexpr):
     begin = row.to(tl.int64) * STRIDE                                   # (ROWS,)
@@ -81,11 +83,18 @@ def tile_at(row, start, STRIDE: tl.constexpr, PEEL: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
+def inside_row(col, row, N, C: tl.constexpr, PEEL: tl.constexpr):
+    inside = (row < N)[:, None] & (col < C)
+    if PEEL > 1: inside &= col >= 0
+    return inside                                                       # (ROWS, BLOCK)
+
+
+@triton.jit
 def load_tile(
     x_ptr, offset, col, row, start, N,
     C: tl.constexpr, EDGE: tl.constexpr, PEEL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    inside = (row < N)[:, None] & (col >= 0) & (col < C)
+    inside = inside_row(col, row, N, C, PEEL)
     read = (start + tl.arange(0, BLOCK) < EDGE)[None, :]
     if PEEL > 1:
         wide = tl.load(x_ptr + offset, mask=read & (row < N - 1)[:, None], other=0.0)
@@ -95,7 +104,7 @@ def load_tile(
         x = tl.load(x_ptr + offset, mask=read & (row < N)[:, None], other=0.0)
     return tl.where(inside, x.to(tl.float32), float("-inf"))            # (ROWS, BLOCK)
 
-# %% ../../nbs/10_rank.ipynb #05ade865
+# %% ../../nbs/10_rank.ipynb #25f331e8
 @triton.jit
 def load_target(
     y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index,
@@ -149,13 +158,23 @@ def count_ahead(
     tied_lower = (x == t[:, None]) & (col >= 0) & (col < y[:, None])
     return tl.sum((ahead | tied_lower).to(tl.float32), 1)  # (ROWS,)
 
-# %% ../../nbs/10_rank.ipynb #66fbb298
+# %% ../../nbs/10_rank.ipynb #1760e5d8
 @triton.jit
 def hits(rank, share, TOPK: tl.constexpr, FIELDS: tl.constexpr):
     field = tl.arange(0, FIELDS)
     k = tl.zeros([FIELDS], tl.int32)
     for i in tl.static_range(len(TOPK)): k = tl.where(field == i, TOPK[i], k)
     return tl.where(rank[:, None] < k[None, :], share[:, None], 0.0)  # (ROWS, FIELDS)
+
+
+@triton.jit
+def at_field(values, i: tl.constexpr, FIELDS: tl.constexpr):
+    return tl.where(tl.arange(0, FIELDS)[None, :] == i, values.to(tl.float32)[:, None], 0.0)  # (ROWS, FIELDS)
+
+
+@triton.jit
+def take_field(total, i: tl.constexpr, FIELDS: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, FIELDS) == i, total, 0.0), 0)
 
 
 @triton.jit
@@ -168,12 +187,16 @@ def last_to_arrive(arrivals_ptr):
 
 @triton.jit
 def add_up(sums_ptr, PROGRAMS: tl.constexpr, FIELDS: tl.constexpr):
-    program = tl.arange(0, PROGRAMS)
-    at = program[:, None] * FIELDS + tl.arange(0, FIELDS)[None, :]
-    there = (program < tl.num_programs(0))[:, None] & (at >= 0)
-    return tl.sum(tl.load(sums_ptr + at, mask=there, other=0.0, cache_modifier=".cg"), 0)  # (FIELDS,)
+    HALF: tl.constexpr = PROGRAMS // 2
+    total = tl.zeros([FIELDS], tl.float32)
+    for i in range(0, PROGRAMS, HALF):
+        program = i + tl.arange(0, HALF)
+        at = program[:, None] * FIELDS + tl.arange(0, FIELDS)[None, :]
+        there = (program < tl.num_programs(0))[:, None] & (at >= 0)
+        total += tl.sum(tl.load(sums_ptr + at, mask=there, other=0.0, cache_modifier=".cg"), 0)
+    return total  # (FIELDS,)
 
-# %% ../../nbs/10_rank.ipynb #ea22c6e2
+# %% ../../nbs/10_rank.ipynb #d34ad8a6
 @triton.jit
 def rank_rows(
     ahead, ahead2, t, t2, share, valid, rank_ptr, row, N,
@@ -194,14 +217,15 @@ def rank_rows(
 def rank_kernel(
     x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, rank_ptr, correct_ptr, parts_ptr, sums_ptr, arrivals_ptr, N, ignore_index,
     KIND: tl.constexpr, LAM_STRIDE: tl.constexpr, D_STRIDE: tl.constexpr, TOPK: tl.constexpr, FIELDS: tl.constexpr,
-    STEPS: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr, EDGE: tl.constexpr, PEEL: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, STRIDE: tl.constexpr, EDGE: tl.constexpr, PEEL: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr,
     SPLIT_ROWS: tl.constexpr, SPLIT_COLS: tl.constexpr,
 ):
     split = tl.program_id(1)
     sums = tl.zeros([ROWS, FIELDS], tl.float32)
-    for step in range(0, STEPS):
-        row = (step * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
+    tile = tl.program_id(0)
+    while tile * ROWS < N:
+        row = tile * ROWS + tl.arange(0, ROWS)  # (ROWS,)
         y, y2, share, valid = load_target(
             y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, ROWS, BLOCK)
         t, t2 = at_class(x_ptr, row, y, N, STRIDE, C), at_class(x_ptr, row, y2, N, STRIDE, C)
@@ -216,6 +240,7 @@ def rank_kernel(
         else:
             tl.store(parts_ptr + row * SPLITS + split, ahead, mask=row < N)
             tl.store(parts_ptr + (N + row) * SPLITS + split, ahead2, mask=row < N)
+        tile += tl.num_programs(0)
     if SPLITS == 1: tl.store(sums_ptr + tl.program_id(0) * FIELDS + tl.arange(0, FIELDS), tl.sum(sums, 0))
 
     if last_to_arrive(arrivals_ptr):
@@ -241,13 +266,12 @@ def load_parts(parts_ptr, field, row, N, other, SPLITS: tl.constexpr, SPLIT_COLS
     at = (field * N + row)[:, None] * SPLITS + split[None, :]
     return tl.load(parts_ptr + at, mask=there, other=other, cache_modifier=".cg")  # (SPLIT_ROWS, SPLIT_COLS)
 
-# %% ../../nbs/10_rank.ipynb #2673490f
+# %% ../../nbs/10_rank.ipynb #5095febb
 TILES = (  # classes up to, elements of a tile, warps
-    (1 << 30, 4096, 4),)
+    (1 << 30, 2048, 4),)
 MAX_PROGRAMS, FEW_PROGRAMS, LEAST_TILE, LEAST_SPLIT = 1024, 256, 1024, 2048
 PEEL_FROM = 256  # classes; shorter rows are not worth rounding
-# Left alone, ptxas for sm_90 spills two registers to fit one more program on a multiprocessor.
-REGISTERS = {} if torch.version.hip else dict(maxnreg=168)
+REGISTERS = 128  # of a thread at most: four programs of four warps on a multiprocessor, and nothing spills
 
 
 class Plan(NamedTuple):
@@ -263,6 +287,7 @@ def plan_rows(
     n_rows: int,     # N
     n_columns: int,  # columns to read: `EDGE`
     tiles=TILES,     # classes up to, elements of a tile, warps
+    split=True,      # whether programs may share a row
 ) -> Plan:
     "The plan for these logits."
     elements, warps = next((elements, warps) for most, elements, warps in tiles if n_columns <= most)
@@ -270,13 +295,13 @@ def plan_rows(
     rows = min(elements // block, 128)
     while rows > 1 and n_rows < rows * FEW_PROGRAMS and rows * block > LEAST_TILE: rows //= 2
     splits = 1
-    if n_columns > 2 * LEAST_SPLIT and rows == 1:
+    if split and n_columns > 2 * LEAST_SPLIT and rows == 1:
         splits = max(1, min(-(-n_columns // LEAST_SPLIT), FEW_PROGRAMS // n_rows))
         block = min(block, triton.next_power_of_2(-(-n_columns // splits)))
     chunk = -(-n_columns // (splits * block)) * block
     return Plan(rows, block, chunk, -(-n_columns // chunk), warps)
 
-# %% ../../nbs/10_rank.ipynb #69c5ea21
+# %% ../../nbs/10_rank.ipynb #a72d2b00
 _arrivals: dict[tuple, torch.Tensor] = {}
 
 
@@ -328,7 +353,8 @@ def plan_arguments(
     edge, peel = row_layout(x)
     return dict(
         C=x.shape[1], STRIDE=x.stride(0), EDGE=edge, PEEL=peel, ROWS=plan.rows, BLOCK=plan.block, CHUNK=plan.chunk,
-        SPLITS=plan.splits, PROGRAMS=MAX_PROGRAMS, num_warps=plan.warps, **REGISTERS,
+        SPLITS=plan.splits, PROGRAMS=MAX_PROGRAMS, num_warps=plan.warps,
+        **({} if torch.version.hip else dict(maxnreg=min(REGISTERS, 2048 // plan.warps))),
         SPLIT_ROWS=triton.next_power_of_2(len(x)) if plan.splits > 1 else 1,
         SPLIT_COLS=triton.next_power_of_2(plan.splits))
 
@@ -347,16 +373,15 @@ def launch_rows(
     "Launch a kernel that reads logits and ends with sums over all rows."
     pointers, target_constants = target_arguments(parts, len(x))
     fields = triton.next_power_of_2(max(fields, 1))
-    tiles = triton.cdiv(len(x), plan.rows)
-    programs = min(tiles, MAX_PROGRAMS)
+    programs = min(triton.cdiv(len(x), plan.rows), MAX_PROGRAMS)
     room = part_fields * len(x) * plan.splits if plan.splits > 1 else programs * fields
     room = torch.empty(room, dtype=torch.float32, device=x.device)
     with launching(x):
         kernel[(programs, plan.splits)](
-            x, *pointers, *arguments, room, room, arrivals(x.device), len(x), *numbers, FIELDS=fields, STEPS=triton.cdiv(tiles, programs),
+            x, *pointers, *arguments, room, room, arrivals(x.device), len(x), *numbers, FIELDS=fields,
             **target_constants, **plan_arguments(x, plan), **constants)
 
-# %% ../../nbs/10_rank.ipynb #bc22d927
+# %% ../../nbs/10_rank.ipynb #99e4a6fd
 def clamp_topk(topk: Sequence[int], n_classes: int) -> tuple[int, ...]: return tuple(min(k, n_classes) for k in topk)
 
 
@@ -384,8 +409,7 @@ def rank_op(logits, y1, y2, lam, dense, ignore_index, topk, backend):
     if N == 0: return correct.zero_(), rank
     if backend == "torch": return count_hits(logits, parts, ignore_index, topk)
     x = rows_contiguous(logits)
-    plan = plan_rows(N, row_layout(x)[0])
-    if plan.splits > 1 and dense is not None: plan = plan._replace(splits=1, chunk=plan.chunk * plan.splits)
+    plan = plan_rows(N, row_layout(x)[0], split=dense is None)
     launch_rows(rank_kernel, x, parts, (rank, correct), (ignore_index,), len(topk), plan, 2, TOPK=topk)
     return correct, rank
 
@@ -394,16 +418,39 @@ def rank_op(logits, y1, y2, lam, dense, ignore_index, topk, backend):
 def _(logits, y1, y2, lam, dense, ignore_index, topk, backend):
     return empty_counts(logits, y2 is not None, len(topk))
 
-# %% ../../nbs/10_rank.ipynb #cfd7f2d5
+# %% ../../nbs/10_rank.ipynb #015e0472
 def ranks_of(
     logits: torch.Tensor,   # (N, C)
     parts: Parts,           # of the target
     ignore_index: int,      # rows with this class id get rank C
 ) -> torch.Tensor:          # (N,) or, for mixed targets, (N, 2) int32
     "The rank of each row's target."
-    if parts.kind == "dense": return rank_reference(logits, parts.dense.argmax(1))
-    if parts.kind == "mixed": return torch.stack([rank_reference(logits, y) for y in (parts.y1, parts.y2)], 1)
-    return rank_reference(logits, torch.where(parts.y1 == ignore_index, -1, parts.y1))
+    rank = rank_on_cpu if logits.device.type == "cpu" else rank_reference
+    if parts.kind == "dense": return rank(logits, parts.dense.argmax(1))
+    if parts.kind == "mixed": return torch.stack([rank(logits, y) for y in (parts.y1, parts.y2)], 1)
+    return rank(logits, torch.where(parts.y1 == ignore_index, -1, parts.y1))
+
+
+def rank_on_cpu(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    "As `rank_reference`, faster."
+    y = target.where((target >= 0) & (target < logits.shape[1]), 0)[:, None].long()  # (N, 1)
+    rank = rank_beside(logits, logits.gather(1, y), y, torch.empty(logits.shape, dtype=torch.float32))
+    return rank.where(y[:, 0] == target, logits.shape[1])
+
+
+def rank_beside(
+    x: torch.Tensor,     # (N, C) logits on the CPU
+    t: torch.Tensor,     # (N, 1) logit of the target
+    y: torch.Tensor,     # (N, 1) class id of the target
+    room: torch.Tensor,  # (N, C) floating, to be overwritten
+) -> torch.Tensor:       # (N,) int32
+    "How many classes stand ahead: comparisons written as numbers; the order of equals matters only where there are any."
+    at_most, below = (compare(x, t, out=room).sum(1) for compare in (torch.le, torch.lt))  # (N,)
+    rank = (x.shape[1] - at_most).int()
+    if len(x) and (at_most - below).amax() > 1:
+        tied = (at_most - below > 1).nonzero()[:, 0]
+        rank[tied] = rank_reference(x[tied], y[tied, 0])
+    return rank
 
 
 def sum_hits(
@@ -427,7 +474,7 @@ def count_hits(
     rank = ranks_of(logits, parts, ignore_index)
     return sum_hits(rank, parts.lam, topk), rank
 
-# %% ../../nbs/10_rank.ipynb #c47e8372
+# %% ../../nbs/10_rank.ipynb #00a13642
 def check_logits(logits: torch.Tensor) -> None:
     "Logits are a floating (N, C) with C >= 1."
     if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[1] < 1:
@@ -460,13 +507,20 @@ def check_class_ids(logits: torch.Tensor, y: torch.Tensor, name: str, ignore_ind
     if y.shape != (N,) or not integral:
         raise UserError(f"{name} needs to be integer class ids ({N},) for logits {(N, C)}, not {y.dtype} {tuple(y.shape)}")
     if y.device != logits.device: raise UserError(f"{name} is on {y.device}, logits are on {logits.device}")
-    if not values_are_checked(y): return
+    if not values_are_checked(y) or all_inside(y, C): return
     bad = (y < 0) | (y >= C)
     if ignore_index is not None: bad &= y != ignore_index
     if bad.any():
         row = bad.nonzero()[0, 0].item()
         allowed = f"0..{C - 1}" + ("" if ignore_index is None else f" and ignore_index = {ignore_index}")
         raise UserError(f"{name}[{row}] = {y[row].item()} is not a class id: allowed are {allowed}")
+
+
+def all_inside(y: torch.Tensor, n_classes: int) -> bool:
+    "Whether every class id is in [0, C): looks at the values."
+    if len(y) == 0: return True
+    low, high = y.aminmax()
+    return 0 <= low.item() and high.item() < n_classes
 
 
 def check_lam(logits: torch.Tensor, lam: torch.Tensor | float) -> None:
@@ -486,7 +540,7 @@ def check_topk(topk: Sequence[int]) -> None:
     if not all(isinstance(k, int) and k >= 1 for k in topk):
         raise UserError(f"topk needs integers of at least 1, not {topk!r}")
 
-# %% ../../nbs/10_rank.ipynb #333741ff
+# %% ../../nbs/10_rank.ipynb #b78d2785
 def topk_correct(
     logits: torch.Tensor,         # (N, C) floating, any strides
     target: Target,               # (N,) class ids, (N, C) dense, or a MixedTarget

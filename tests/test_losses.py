@@ -1,0 +1,112 @@
+"Shapes, dtypes, strides and special values that nobody thought of; and torchmetrics."
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tritoncls.kernels.binary_cross_entropy import BinaryOptions, binary_cross_entropy_reference
+from tritoncls.kernels.cross_entropy import Options, cross_entropy_reference
+from tritoncls.losses import MixedTarget, binary_cross_entropy, cross_entropy, topk_correct
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in the interpreter")
+EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@st.composite
+def problems(draw):
+    "Logits in some layout, and a target of some kind."
+    N, C = draw(st.integers(0, 9)), draw(st.sampled_from([1, 2, 3, 7, 10, 31, 64, 257, 300, 2049]))
+    dtype = draw(st.sampled_from(list(EPS)))
+    gen = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    left, right = draw(st.integers(0, 9)), draw(st.integers(0, 9))
+    wide = (torch.randn(N, left + C + right, generator=gen) * draw(st.sampled_from([1.0, 5.0, 50.0]))).to(dtype)
+    x = wide[:, left:left + C]
+    if draw(st.booleans()): x = x.round()  # ties
+    if draw(st.booleans()) and N: x[draw(st.integers(0, N - 1)), draw(st.integers(0, C - 1))] = -float("inf")
+    if draw(st.booleans()): x = x.T.contiguous().T
+    ids = lambda: torch.randint(0, C, (N,), generator=gen)
+    lam = draw(st.sampled_from([0.0, 0.3, 1.0])) if draw(st.booleans()) else torch.rand(N, generator=gen)
+    target = {"ids": ids, "mixed": lambda: MixedTarget(ids(), ids(), lam), "dense": lambda: torch.rand(N, C, generator=gen)}
+    return x, target[draw(st.sampled_from(sorted(target)))]()
+
+
+def doubled(target):
+    if isinstance(target, MixedTarget): return target._replace(lam=torch.as_tensor(target.lam).double())
+    return target.double() if target.is_floating_point() else target
+
+
+def close(ours, exact, dtype):
+    assert ours.isnan().tolist() == exact.isnan().tolist()
+    assert ours.isinf().tolist() == exact.isinf().tolist()
+    finite = exact.isfinite()
+    a, b = ours[finite].double(), exact[finite]
+    if len(b): assert (a - b).abs().max() <= 2 * EPS[dtype] * b.abs().max() + 32 * 2**-23 * (1 + b.abs().max())
+
+
+def gradient(function, x):
+    x = x.detach().requires_grad_()
+    loss = function(x)
+    loss.sum().backward()
+    return loss.detach(), x.grad
+
+
+@settings(max_examples=120, deadline=None)
+@given(problems(), st.sampled_from([0.0, 0.1]), st.sampled_from(["none", "sum"]), st.sampled_from(["torch", "triton"]))
+def test_cross_entropy(problem, smoothing, reduction, backend):
+    x, target = problem
+    options = Options(label_smoothing=smoothing, reduction=reduction)
+    exact = gradient(lambda x: cross_entropy_reference(x, doubled(target), options), x.double())
+    ours = gradient(lambda x: cross_entropy(
+        x, target, label_smoothing=smoothing, reduction=reduction, backend=backend).loss, x)
+    close(ours[0], exact[0], torch.float32)
+    rows = exact[1].isfinite().all(1) & x.isfinite().all(1)
+    close(ours[1][rows], exact[1][rows], x.dtype)
+
+
+@settings(max_examples=80, deadline=None)
+@given(problems(), st.sampled_from([0.0, 0.1]), st.sampled_from(["none", "sum"]), st.sampled_from(["torch", "triton"]))
+def test_binary_cross_entropy(problem, smoothing, reduction, backend):
+    x, target = problem
+    options = BinaryOptions(label_smoothing=smoothing, reduction=reduction)
+    exact = gradient(lambda x: binary_cross_entropy_reference(x, doubled(target), options), x.double())
+    ours = gradient(lambda x: binary_cross_entropy(
+        x, target, label_smoothing=smoothing, reduction=reduction, backend=backend).loss, x)
+    close(ours[0], exact[0], torch.float32)
+    rows = exact[1].isfinite().all(1) & x.isfinite().all(1)
+    close(ours[1][rows], exact[1][rows], x.dtype)
+
+
+@settings(max_examples=80, deadline=None)
+@given(problems(), st.sampled_from(["torch", "triton"]))
+def test_counts_are_those_of_a_stable_sort(problem, backend):
+    x, target = problem
+    order = x.float().sort(dim=1, descending=True, stable=True).indices
+    hit = lambda y, k: (order[:, :k] == y[:, None]).any(1).double()
+    lam = 1.0
+    if isinstance(target, MixedTarget): y1, y2, lam = target.y1, target.y2, torch.as_tensor(target.lam).double()
+    else: y1 = y2 = target.argmax(1) if target.ndim == 2 else target
+    want = [(lam * hit(y1, k) + (1 - lam) * hit(y2, k)).sum().item() for k in (1, 5)]
+    assert topk_correct(x, target, backend=backend).tolist() == pytest.approx(want, abs=1e-5)
+
+
+def test_counts_are_those_of_torchmetrics():
+    multiclass_accuracy = pytest.importorskip("torchmetrics").functional.classification.multiclass_accuracy
+    gen = torch.Generator().manual_seed(0)
+    x, y = torch.randn(500, 20, generator=gen), torch.randint(0, 20, (500,), generator=gen)
+    want = [multiclass_accuracy(x, y, num_classes=20, average="micro", top_k=k).item() for k in (1, 5)]
+    assert [n / 500 for n in topk_correct(x, y).tolist()] == pytest.approx(want)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_with_the_loss():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    x, y = torch.randn(64, 16), torch.randint(0, 10, (64,))
+    step = lambda x: cross_entropy(model(x), y, label_smoothing=0.1).loss
+    compiled = torch.compile(step, fullgraph=True)
+    for function in (step, compiled):
+        model.zero_grad()
+        function(x).backward()
+        got = torch.cat([p.grad.flatten() for p in model.parameters()])
+        if function is step: want = got.clone()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
