@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-ALONE = ("runtime", "kernels.rank", "kernels.cross_entropy", "kernels.binary_cross_entropy",
+ALONE = ("runtime", "kernels.rows", "kernels.rank", "kernels.cross_entropy", "kernels.binary_cross_entropy",
          "kernels.multi_tensor", "kernels.ema_blend", "kernels.inspect", "registry",
          "losses", "ema")
 

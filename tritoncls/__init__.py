@@ -6,20 +6,20 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['PUBLIC']
 
-# %% ../nbs/60_package.ipynb #c26d90ab
+# %% ../nbs/60_package.ipynb #baabd1ab
 from importlib import import_module
 from typing import Any
 
 from .runtime import UserError, checked, seed_everything
 
-# %% ../nbs/60_package.ipynb #6d412510
+# %% ../nbs/60_package.ipynb #1d2c9688
 PUBLIC = {
     "losses": (
         "cross_entropy", "binary_cross_entropy", "cross_entropy_and_grad", "binary_cross_entropy_and_grad", "topk_correct",
         "MixedTarget", "LossOutput", "CrossEntropyLoss", "BinaryCrossEntropyLoss", "DistillationLoss", "build_loss",
         "PaddedLinear", "pad_classifier"),
     "ema": ("ModelEma", "ema_blend_"),
-    "schedules": ("pycls_momentum", "momentum_schedule", "lr_schedule", "plot_momentum"),
+    "schedules": ("pycls_momentum", "momentum_schedule", "rescale_momentum", "lr_schedule", "plot_momentum"),
     "trainer": ("BaseTrainer", "ClsTrainer", "Progress"),
     "hooks": (
         "BaseHook", "LRSchedulerHook", "ResumeHook", "TensorboardHook", "LoggerHook", "CheckpointHook", "EvalHook",

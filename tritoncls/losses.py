@@ -7,7 +7,7 @@ __all__ = ['AccuracyLoss', 'CrossEntropyLoss', 'BinaryCrossEntropyLoss', 'Distil
            'PaddedLinear', 'pad_classifier', 'build_loss', 'LossOutput', 'MixedTarget', 'binary_cross_entropy',
            'binary_cross_entropy_and_grad', 'cross_entropy', 'cross_entropy_and_grad', 'topk_correct']
 
-# %% ../nbs/20_losses.ipynb #a65a6e06
+# %% ../nbs/20_losses.ipynb #46566322
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,14 +16,15 @@ from torch import nn
 
 from .kernels.binary_cross_entropy import binary_cross_entropy, binary_cross_entropy_and_grad
 from .kernels.cross_entropy import LossOutput, cross_entropy, cross_entropy_and_grad
-from .kernels.rank import MixedTarget, Target, topk_correct
+from .kernels.rank import topk_correct
+from .kernels.rows import MixedTarget, Target
 from .registry import registers
 from .runtime import UserError
 
 _all_ = [LossOutput, MixedTarget, binary_cross_entropy, binary_cross_entropy_and_grad, cross_entropy,
          cross_entropy_and_grad, topk_correct]
 
-# %% ../nbs/20_losses.ipynb #9483fa8c
+# %% ../nbs/20_losses.ipynb #b787a6f3
 class AccuracyLoss(nn.Module):
     "A loss function with its options; weights move with the module."
     def __init__(
@@ -89,7 +90,7 @@ class BinaryCrossEntropyLoss(AccuracyLoss):
             binary_cross_entropy, dict(weight=weight, pos_weight=pos_weight), reduction=reduction,
             label_smoothing=label_smoothing, target_threshold=target_threshold, sum_classes=sum_classes, backend=backend)
 
-# %% ../nbs/20_losses.ipynb #388c419d
+# %% ../nbs/20_losses.ipynb #985fb3d7
 class DistillationLoss(nn.Module):
     "A loss on the labels and one on a teacher's answer, `(1 - alpha)` and `alpha` of each."
     takes_samples = True
@@ -144,7 +145,7 @@ class DistillationLoss(nn.Module):
         entropy = -torch.where(p == 0, 0.0, p * log_p).sum(1).mean()
         return self.temperature**2 * (ce(student.float() / self.temperature, p) - entropy)
 
-# %% ../nbs/20_losses.ipynb #6b9456c0
+# %% ../nbs/20_losses.ipynb #37ef84fb
 @torch.library.custom_op(
     "tritoncls::padded_linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 def padded_linear_op(x, weight, bias):
@@ -199,7 +200,7 @@ def pad_classifier(
     padded.weight, padded.bias = linear.weight, linear.bias
     return padded.train(linear.training)
 
-# %% ../nbs/20_losses.ipynb #bf402652
+# %% ../nbs/20_losses.ipynb #7eecde67
 def build_loss(
     cfg,                     # a Config, or the loss itself: any callable (logits, target)
 ) -> Callable:

@@ -10,18 +10,18 @@ __all__ = ['BINARY_SCHEMA', 'BinaryOptions', 'binary_target', 'binary_cross_entr
            'binary_cross_entropy_and_grad_op', 'binary_cross_entropy_and_grad_inplace_op', 'binary_options',
            'broadcast_weight', 'binary_cross_entropy', 'binary_cross_entropy_and_grad']
 
-# %% ../../nbs/12_binary_cross_entropy.ipynb #25693181
+# %% ../../nbs/12_binary_cross_entropy.ipynb #c9052e4a
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from ..runtime import UserError, launching
-from tritoncls.kernels.rank import (
-    TARGET_SCHEMA, TILES, Parts, Target, add_up, at_class, at_field, check_logits, check_target, check_topk, clamp_topk,
-    count_ahead, empty_counts, inside_row, kernel_backend, last_to_arrive, launch_rows, load_parts, load_target, load_tile,
-    plan_arguments, plan_rows, rank_rows, ranks_of, row_layout, rows_contiguous, sum_hits, take_field, target_arguments,
-    target_parts, tile_at)
+from .rows import (
+    TARGET_SCHEMA, TILES, Parts, Target, add_up, at_class, at_field, check_logits, check_target, check_topk, inside_row,
+    kernel_backend, last_to_arrive, launch_rows, load_parts, load_target, load_tile, plan_arguments, plan_rows,
+    row_layout, rows_contiguous, take_field, target_arguments, target_parts, tile_at)
+from .rank import clamp_topk, count_ahead, empty_counts, rank_rows, ranks_of, sum_hits
 from .cross_entropy import (
     CPU_BLOCK, HALF_TILES, REDUCTIONS, LossOutput, accumulated, empty_gradient, gradient_constants, keep_nothing, loss_output,
     no_second_derivative, scaled_gradient, smoothed)

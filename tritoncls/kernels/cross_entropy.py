@@ -6,30 +6,30 @@
 __all__ = ['CPU_BLOCK', 'SCHEMA', 'cross_entropy_op', 'ONE_LOAD', 'HALF_TILES', 'BOTH_SCHEMA', 'REDUCTIONS', 'Options',
            'smoothed', 'dense_of', 'cross_entropy_reference', 'coefficients', 'class_coefficient', 'take_in',
            'finish_rows', 'finish_sums', 'store_gradient', 'cross_entropy_kernel', 'join_parts',
-           'cross_entropy_backward_kernel', 'scales', 'accumulated', 'rows_torch', 'block_torch', 'block_ranks',
-           'empty_results', 'empty_gradient', 'gradient_constants', 'torch_results', 'launch_forward', 'forward',
-           'cross_entropy_backward_op', 'no_second_derivative', 'keep_nothing', 'EagerCrossEntropy',
+           'cross_entropy_backward_kernel', 'scales', 'accumulated', 'rows_torch', 'block_torch', 'valid_rows',
+           'block_ranks', 'empty_results', 'empty_gradient', 'gradient_constants', 'torch_results', 'launch_forward',
+           'forward', 'cross_entropy_backward_op', 'no_second_derivative', 'keep_nothing', 'EagerCrossEntropy',
            'scale_gradient_op', 'scaled_gradient', 'both_at_once', 'cross_entropy_and_grad_op',
            'cross_entropy_and_grad_inplace_op', 'LossOutput', 'check_options', 'loss_output', 'cross_entropy',
            'cross_entropy_and_grad']
 
-# %% ../../nbs/11_cross_entropy.ipynb #b86b2887
+# %% ../../nbs/11_cross_entropy.ipynb #f081750b
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from ..runtime import UserError, launching, values_are_checked
-from .rank import (
+from .rows import (
     TARGET_SCHEMA, Parts, Target, add_up, all_inside, at_class, at_field, check_logits, check_target, check_topk,
-    clamp_topk, count_ahead, empty_counts, inside_row, kernel_backend, last_to_arrive, launch_rows, load_parts, load_target,
-    load_tile, plan_arguments, plan_rows, rank_beside, rank_rows, ranks_of, row_layout, rows_contiguous, sum_hits, take_field,
-    target_arguments, target_parts, tile_at)
+    inside_row, kernel_backend, last_to_arrive, launch_rows, load_parts, load_target, load_tile, plan_arguments,
+    plan_rows, row_layout, rows_contiguous, take_field, target_arguments, target_parts, tile_at)
+from .rank import clamp_topk, count_ahead, empty_counts, rank_beside, rank_rows, ranks_of, sum_hits
 
 import triton
 import triton.language as tl
 
-# %% ../../nbs/11_cross_entropy.ipynb #8b1c123d
+# %% ../../nbs/11_cross_entropy.ipynb #8bd60c9b
 class Options(NamedTuple):
     "What a loss is told besides logits and target."
     weight: torch.Tensor | None = None  # (C,) weight of each class
@@ -80,7 +80,7 @@ def cross_entropy_reference(
     total = w[parts.y1[valid]].sum() if parts.kind == "ids" else N
     return row.sum() / total + options.z_loss * square.sum() / valid.sum()
 
-# %% ../../nbs/11_cross_entropy.ipynb #eb03ebd4
+# %% ../../nbs/11_cross_entropy.ipynb #6d3b71df
 @triton.jit
 def coefficients(
     d_ptr, w_ptr, offset, col, row, N, on, off, KIND: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -129,7 +129,7 @@ def take_in(
     if KIND == "mixed": ahead2 += count_ahead(x, t2, y2, col)
     return m_new, shift_new, total, mass, dot, ahead, ahead2
 
-# %% ../../nbs/11_cross_entropy.ipynb #35fcac76
+# %% ../../nbs/11_cross_entropy.ipynb #3f38e834
 @triton.jit
 def finish_rows(
     m, total, mass, dot, ahead, ahead2, t, y, t2, y2, share, valid, row, N, on, z_loss,
@@ -186,7 +186,7 @@ def finish_sums(
         square = take_field(total, K + 4, FIELDS)
         tl.store(loss_ptr, tl.where(per_row == 0.0, loss, loss + per_row * square))
 
-# %% ../../nbs/11_cross_entropy.ipynb #e782ca0f
+# %% ../../nbs/11_cross_entropy.ipynb #9580165f
 @triton.jit
 def store_gradient(
     x, offset, col, row, dx_ptr, d_ptr, w_ptr, y, y2, share, valid, shift, log_sum, mass, a, b, N, on, off,
@@ -210,7 +210,7 @@ def store_gradient(
     stored = inside_row(col, row, N, DX_EDGE, PEEL)
     tl.store(dx_ptr + row.to(tl.int64)[:, None] * DX_STRIDE + col, dx, mask=stored)
 
-# %% ../../nbs/11_cross_entropy.ipynb #3e0b0749
+# %% ../../nbs/11_cross_entropy.ipynb #de32e49d
 @triton.jit
 def cross_entropy_kernel(
     x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, w_ptr, loss_ptr, correct_ptr, counts_ptr, lse_ptr, stats_ptr, rank_ptr, scale_ptr,
@@ -332,7 +332,7 @@ def cross_entropy_backward_kernel(
         x, offset, col, row, dx_ptr, d_ptr, w_ptr, y, y2, share, valid, shift, log_sum, mass, a, b, N, on, off,
         KIND, WEIGHTED, SPREAD, D_STRIDE, C, STRIDE, PEEL, DX_STRIDE, DX_EDGE)
 
-# %% ../../nbs/11_cross_entropy.ipynb #72799ac1
+# %% ../../nbs/11_cross_entropy.ipynb #43422568
 CPU_BLOCK = 1 << 20  # elements
 
 
@@ -390,6 +390,7 @@ def block_torch(x, parts, options, weight, scale, z, with_gradient):
     torch.sub(x, shift, out=z)
 
     valid = known = None                                                          # (R, 1), or None: all of them
+    if parts.kind == "ids": valid = valid_rows(parts.y1, options.ignore_index, C)
     mass, dot, classes = 0.0, 0.0, []                                             # classes: ids (R, 1), coefficients (R, 1)
     share = 1.0 if parts.lam is None else parts.lam.to(scale.dtype)[:, None]
     for y, part in ((parts.y1, share), (parts.y2, 1 - share)):
@@ -398,7 +399,6 @@ def block_torch(x, parts, options, weight, scale, z, with_gradient):
         if not values_are_checked(y) or not all_inside(y, C):
             inside = (y >= 0) & (y < C)
             known = inside if known is None else known & inside
-            if parts.kind == "ids": valid = y != options.ignore_index
             y = y.where(inside, 0)
         y = y.long()
         z_y = z.gather(1, y)
@@ -433,14 +433,20 @@ def block_torch(x, parts, options, weight, scale, z, with_gradient):
     return loss[:, 0], lse[:, 0], log_sum[:, 0], rank
 
 
+def valid_rows(y: torch.Tensor, ignore_index: int, n_classes: int) -> torch.Tensor | None:
+    "Rows that are not ignored (R, 1); None where a look at the values shows that none is."
+    nothing_to_ignore = not 0 <= ignore_index < n_classes and values_are_checked(y) and all_inside(y, n_classes)
+    return None if nothing_to_ignore else (y != ignore_index)[:, None]
+
+
 def block_ranks(x, parts, options, room):
     "`ranks_of`, with fewer steps where they count: class ids on the CPU that are all in range."
-    if parts.kind != "ids" or not values_are_checked(x) or not all_inside(parts.y1, x.shape[1]):
+    if x.device.type != "cpu" or parts.kind != "ids" or valid_rows(parts.y1, options.ignore_index, x.shape[1]) is not None:
         return ranks_of(x, parts, options.ignore_index)
     y = parts.y1[:, None].long()
     return rank_beside(x, x.gather(1, y), y, room)
 
-# %% ../../nbs/11_cross_entropy.ipynb #8b7eaeee
+# %% ../../nbs/11_cross_entropy.ipynb #90b7891e
 SCHEMA = f"{TARGET_SCHEMA}, Tensor? weight, float label_smoothing, int ignore_index, float z_loss, str reduction"
 
 
@@ -526,7 +532,7 @@ def _empty_saved(logits, backend, keep_gradient):
     stats = logits.new_empty((3, N if backend == "triton" else 0), dtype=dtype)
     return stats, logits.new_empty(2, dtype=dtype), logits.new_empty((N, C) if keep_gradient else (0, C), dtype=dtype)
 
-# %% ../../nbs/11_cross_entropy.ipynb #f0f8b72c
+# %% ../../nbs/11_cross_entropy.ipynb #8b59c84f
 @torch.library.custom_op(
     "tritoncls::cross_entropy_backward", mutates_args=(),
     schema=f"(Tensor g, Tensor logits, Tensor stats, Tensor scale, {TARGET_SCHEMA}, Tensor? weight, "
@@ -623,7 +629,7 @@ def scaled_gradient(
     if g.ndim == 0 and g.item() == 1: return gradient.to(logits.dtype)
     return gradient.mul_(g[:, None] if g.ndim == 1 else g).to(logits.dtype)
 
-# %% ../../nbs/11_cross_entropy.ipynb #e82cc193
+# %% ../../nbs/11_cross_entropy.ipynb #dd23b010
 ONE_LOAD = (  # classes up to, elements of a tile, warps
     (2048, 2048, 4),
     (4096, 4096, 8),
@@ -685,7 +691,7 @@ def cross_entropy_and_grad_inplace_op(
 def _(logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, grad_scale, backend):
     return empty_results(logits, y2, reduction, len(topk))
 
-# %% ../../nbs/11_cross_entropy.ipynb #1751e859
+# %% ../../nbs/11_cross_entropy.ipynb #d409c31b
 class LossOutput(NamedTuple):
     "A loss and what else was learned from the same reading of the logits."
     loss: torch.Tensor           # () for mean and sum, without reduction one per row (BCE: per element); fp32
