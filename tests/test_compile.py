@@ -48,13 +48,19 @@ for N, C, stride, dtype, kind, calls in cases():
             compiled, names = compile_launch(launch, sys.argv[1])
             rows.append(dict(kernel=name, C=C, stride=stride, dtype=str(dtype), kind=kind, **resources(compiled),
                              widths=narrowest(launch, compiled, names)))
-for alpha in (0.1, torch.tensor([0.1])):
-    tensors = [torch.empty(9000) for _ in range(2)], [torch.empty(9000) for _ in range(2)]
-    for launch in record_launches(lambda: ema_blend.ema_blend_(*tensors, alpha, backend="triton")):
+draw = lambda dtype=FP32: [torch.empty(9000, dtype=dtype) for _ in range(2)]
+schedule = lambda K: ema_blend.Schedule(torch.ones(9, K), torch.tensor(3))
+EMAS = dict(  # shadows, alpha, options
+    number=(draw(), 0.1, {}), values=(draw(), torch.tensor([0.1]), {}),
+    schedule=(draw(), schedule(1), dict(found_inf=torch.zeros(1))), two=([draw(), draw()], torch.ones(2), {}),
+    four=([draw() for _ in range(4)], schedule(4), {}), bf16=(draw(BF16), 0.1, dict(seed=3)),
+    fp16=(draw(torch.float16), 0.1, dict(seed=3)), compensated=(draw(BF16), 0.1, dict(compensation=draw(BF16))))
+for kind, (shadows, alpha, options) in EMAS.items():
+    for launch in record_launches(lambda: ema_blend.ema_blend_(shadows, draw(BF16), alpha, backend="triton", **options)):
         compiled, names = compile_launch(launch, sys.argv[1])
         widths = access_widths(compiled.asm.get("ptx", ""), names)
         widths = {way: max(found) for (way, name), found in widths.items() if name == "?"}  # addresses from the table
-        rows.append(dict(kernel="ema", C=0, stride=0, dtype="fp32", kind="", **resources(compiled), widths=widths))
+        rows.append(dict(kernel="ema", C=0, stride=0, dtype="", kind=kind, **resources(compiled), widths=widths))
 print(json.dumps(rows))
 """
 
@@ -70,7 +76,7 @@ def test_kernels_compile(target):
                           env={**os.environ, "TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.splitlines()[-1])
-    assert len(rows) == 7 * 13 + 2
+    assert len(rows) == 7 * 13 + 8
     name = lambda row: tuple(row[key] for key in ("kernel", "C", "stride", "dtype", "kind"))
     assert [(*name(row), row["spill_bytes"]) for row in rows if row["spill_bytes"]] == []
     if target == "gfx942": return

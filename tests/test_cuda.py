@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritoncls.ema import ModelEma, ema_blend_
+from tritoncls.ema import ModelEma, ema_blend_, update_emas
 from tritoncls.losses import (
     MixedTarget, binary_cross_entropy, binary_cross_entropy_and_grad, cross_entropy, cross_entropy_and_grad, pad_classifier,
     topk_correct)
@@ -166,11 +166,78 @@ def test_ema_of_16_bit_parameters_and_integers():
         assert torch.equal(e, want) and count.item() == 2**40 + 7
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("K", (1, 3))
+def test_16_bit_shadows_are_rounded_as_the_reference_rounds(dtype, K):
+    gen = torch.Generator("cuda").manual_seed(0)
+    draws = lambda dtype: [torch.randn(n, generator=gen, device="cuda").to(dtype) for n in (7, 4096, 100_003)]
+    shadows, params = [draws(dtype) for _ in range(K)], draws(torch.float32)
+    for options in (dict(seed=5), dict(compensation=[[torch.zeros_like(e) for e in es] for es in shadows])):
+        got, want = ([[e.clone() for e in es] for es in shadows] for _ in range(2))
+        ema_blend_(got, params, 0.3, backend="triton", **options)
+        for cs in options.get("compensation", ()): [c.zero_() for c in cs]
+        ema_blend_(want, params, 0.3, backend="torch", **options)
+        assert all(torch.equal(a, b) for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_a_replayed_schedule_equals_eager_over_1000_steps():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 65), torch.nn.BatchNorm1d(65)).cuda()
+    schedule = torch.linspace(0, 0.999, 700).tolist()
+    options = dict(schedule=schedule, update_period=2, start=50)
+    eager, captured = ModelEma(model, **options), ModelEma(model, capturable=True, **options)
+    noise, found_inf = torch.zeros(64, device="cuda"), torch.zeros(1, device="cuda")
+
+    def step():
+        with torch.no_grad():
+            model[0].weight.add_(noise)
+            model[1].num_batches_tracked.add_(1)
+        captured.update(found_inf)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream): captured.update(torch.ones_like(found_inf))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): step()
+    for n in range(1000):
+        noise.normal_()
+        found_inf.fill_(float(n % 100 == 7))
+        graph.replay()
+        if n % 100 != 7: eager.update()
+    assert captured.steps == eager.steps == 990
+    states = captured.module.state_dict().values(), eager.module.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_the_average_in_host_memory():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 65), torch.nn.BatchNorm1d(65)).cuda()
+    here, there = ModelEma(model, momentum=0.9), ModelEma(model, momentum=0.9, device="cpu")
+    for _ in range(5):
+        with torch.no_grad(): model[0].weight.mul_(1.5)
+        here.update()
+        there.update()
+    for a, b in zip(here.module.state_dict().values(), there.module.state_dict().values(), strict=True):
+        assert b.device.type == "cpu"
+        torch.testing.assert_close(a.cpu(), b)
+    with there.swap(): assert torch.equal(model[0].weight.cpu(), there.module[0].weight)
+
+
+def test_a_model_that_moves_to_the_gpu_takes_its_average_along():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 65), torch.nn.BatchNorm1d(65))
+    ema = ModelEma(model, momentum=0.5)
+    ema.update()
+    model.cuda()
+    with torch.no_grad(): model[0].weight.add_(1)
+    want = ema.module[0].weight.cuda().lerp(model[0].weight, 0.5)
+    ema.update()
+    torch.testing.assert_close(ema.module[0].weight, want)
+
+
 def test_no_host_sync():
     logits, target = draw(256, 1000, torch.bfloat16)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)).cuda()
     ema = ModelEma(model, momentum=0.9)
+    counting = [ModelEma(model, momentum=m, capturable=True) for m in (0.9, 0.99)]
     ema.update()
+    update_emas(counting)
     with waiting_is_an_error():
         for kind in (target, MixedTarget(target, target.flip(0), 0.3), F.one_hot(target, 1000).float()):
             cross_entropy(logits.requires_grad_(), kind, label_smoothing=0.1).loss.backward()
@@ -178,6 +245,7 @@ def test_no_host_sync():
             cross_entropy_and_grad(logits, kind, grad_scale=1024.0)
             topk_correct(logits, kind)
         ema.update()
+        update_emas(counting, torch.zeros(1, device="cuda"))
 
 
 def test_captured_in_a_graph():

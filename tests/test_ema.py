@@ -1,0 +1,321 @@
+"""What has gone wrong in other moving averages, and what several implementations agree on."""
+import copy
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tritoncls.ema import ModelEma, alpha_at, update_emas
+from tritoncls.runtime import INTERPRETER, UserError
+from tritoncls.schedules import momentum_schedule
+
+BACKENDS = ("torch", "triton") if INTERPRETER else ("torch",)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10))
+
+
+def stepper(model, lr=0.1):
+    "A function that makes one optimizer step on new data."
+    optimizer, gen = torch.optim.SGD(model.parameters(), lr=lr), torch.Generator().manual_seed(1)
+
+    def step():
+        dtype = next(model.parameters()).dtype
+        model(torch.rand(4, 1, 8, 8, generator=gen).to(dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def assert_equal(a, b, **tolerance):
+    a, b = ({name: t for name, t in x.items() if not name.startswith("initted") and name != "step"} for x in (a, b))
+    assert a.keys() == b.keys()
+    tolerance = dict(rtol=0, atol=0) | tolerance
+    for name in a: torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_as_timm_and_torch(backend):
+    from timm.utils import ModelEmaV3
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = network()
+    ours = ModelEma(model, momentum=0.9, backend=backend)
+    timms, torchs = ModelEmaV3(model, decay=0.9, foreach=True), AveragedModel(
+        model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    torchs.n_averaged.fill_(1)  # its first update would be a copy
+    step = stepper(model)
+    for _ in range(6):
+        step()
+        ours.update()
+        timms.update(model)
+        torchs.update_parameters(model)
+    assert_equal(ours.module.state_dict(), timms.module.state_dict(), rtol=1e-6, atol=1e-7)
+    averaged = {n: t for n, t in torchs.module.state_dict().items() if t.is_floating_point()}
+    assert_equal({n: ours.module.state_dict()[n] for n in averaged}, averaged, rtol=1e-6, atol=1e-7)
+
+
+def test_the_warm_up_of_timm():
+    from timm.utils import ModelEmaV3
+
+    model = network()
+    schedule = momentum_schedule("inverse_gamma", 30, momentum=0.9999, gamma=1.0, power=2 / 3)
+    ours, timms = ModelEma(model, schedule=schedule), ModelEmaV3(model, decay=0.9999, use_warmup=True)
+    step = stepper(model)
+    for n in range(30):
+        step()
+        ours.update()
+        timms.update(model, step=n + 1)
+    assert_equal(ours.module.state_dict(), timms.module.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_same_as_ema_pytorch():
+    ema_pytorch = pytest.importorskip("ema_pytorch")
+    model = network()
+    ours = ModelEma(model, momentum=0.9, start=1)
+    theirs = ema_pytorch.EMA(model, beta=0.9, update_after_step=0, update_every=1, inv_gamma=1e-9, power=1.0, min_value=0.9)
+    step = stepper(model)
+    for _ in range(6):
+        step()
+        ours.update()
+        theirs.update()
+    want = {n: t for n, t in theirs.ema_model.state_dict().items() if t.is_floating_point()}
+    assert_equal({n: ours.module.state_dict()[n] for n in want}, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bits_of_foreach_lerp(backend):
+    fused = backend == "torch" or tuple(map(int, __import__("triton").__version__.split(".")[:2])) >= (3, 9)
+    if not fused: pytest.skip("the interpreter's fma rounds twice before Triton 3.9")
+    for momentum in (0.9999, 0.9, 0.51, 0.5, 0.3):
+        model = network()
+        ours, shadow = ModelEma(model, momentum=momentum, backend=backend), copy.deepcopy(model)
+        stepper(model)()
+        ours.update()
+        es = [t for t in shadow.state_dict().values() if t.is_floating_point()]
+        torch._foreach_lerp_(es, [t for t in model.state_dict().values() if t.is_floating_point()], 1 - momentum)
+        got = [t for t in ours.module.state_dict().values() if t.is_floating_point()]
+        assert all(torch.equal(a, b) for a, b in zip(got, es, strict=True))
+
+
+@pytest.mark.parametrize("momentum", (0.0, 0.3, 0.9999, 1.0))
+def test_a_model_at_rest_is_fixed_in_every_bit(momentum):
+    model = network()
+    ema, before = ModelEma(model, momentum=momentum), copy.deepcopy(model.state_dict())
+    for _ in range(100): ema.update()
+    assert_equal(ema.module.state_dict(), before)
+
+
+def test_integer_buffers_follow_and_keep_their_type():
+    model = network()
+    ema, step = ModelEma(model, momentum=0.999), stepper(model)
+    for _ in range(3):
+        step()
+        ema.update()
+    count = ema.module[1].num_batches_tracked
+    assert count.dtype == torch.int64 and count == 3
+
+
+@pytest.mark.parametrize("capturable", (False, True))
+@pytest.mark.parametrize("rounding", ("nearest", "stochastic", "compensated"))
+def test_resume_is_bit_equal(rounding, capturable, tmp_path):
+    options = dict(schedule=momentum_schedule("cosine", 30, start_momentum=0.5, end_momentum=0.99), update_period=2, start=3,
+                   rounding=rounding, dtype=torch.float32 if rounding == "nearest" else torch.bfloat16, capturable=capturable)
+    straight, other = network(), network()
+    a, b = ModelEma(straight, **options), ModelEma(other, **options)
+    step = stepper(straight)
+    for n in range(12):
+        step()
+        a.update()
+        if n == 6:
+            other.load_state_dict(straight.state_dict())
+            torch.save(a.state_dict(), tmp_path / "ema.pt")
+            b.load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True))
+        if n > 6:
+            other.load_state_dict(straight.state_dict())
+            b.update()
+    assert a.steps == b.steps == 12
+    assert_equal(a.module.state_dict(), b.module.state_dict())
+    assert_equal(a.compensation, b.compensation)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counting_on_the_device_is_the_same(backend):
+    model, steps = network(), 15
+    options = dict(schedule=momentum_schedule("tf_ratio", 7, momentum=0.9), update_period=3, start=4, backend=backend)
+    host, device = ModelEma(model, **options), ModelEma(model, capturable=True, **options)
+    step, overflow = stepper(model), torch.zeros(1)
+    for n in range(steps):
+        overflow.fill_(float(n % 5 == 2))
+        if not overflow:
+            step()
+            host.update()
+        device.update(found_inf=overflow)
+        if overflow: model[0].weight.data.add_(0)
+    assert host.steps == device.steps == 12
+    assert_equal(host.module.state_dict(), device.module.state_dict(), rtol=1e-6, atol=1e-7)
+
+
+def test_an_overflow_neither_blends_nor_counts():
+    model = network()
+    ema, before = ModelEma(model, momentum=0.5, capturable=True), copy.deepcopy(model.state_dict())
+    model[4].weight.data.fill_(float("nan"))
+    ema.update(found_inf=torch.ones(1))
+    assert ema.steps == 0
+    assert_equal(ema.module.state_dict(), before)
+    with pytest.raises(UserError, match="capturable"): ModelEma(network()).update(found_inf=torch.ones(1))
+
+
+@pytest.mark.parametrize("capturable", (False, True))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_averages_in_one_pass(backend, capturable):
+    model, schedules = network(), [None, momentum_schedule("tf_ratio", 9, momentum=0.9), momentum_schedule("swa", 9)]
+    options = [dict(schedule=s, momentum=0.9, update_period=p, start=1, backend=backend, capturable=capturable)
+               for s, p in zip(schedules, (1, 2, 3), strict=True)]
+    apart, together = ([ModelEma(model, **o) for o in options] for _ in range(2))
+    step = stepper(model)
+    for _ in range(5):
+        step()
+        for ema in apart: ema.update()
+        update_emas(together)
+    for a, b in zip(apart, together, strict=True):
+        assert a.steps == b.steps == 5
+        assert_equal(a.module.state_dict(), b.module.state_dict(), rtol=1e-6, atol=1e-7)
+    with pytest.raises(UserError, match="different models"): update_emas([together[0], ModelEma(network())])
+
+
+def test_include_and_exclude():
+    model = network().bfloat16()
+    ema = ModelEma(model, momentum=0.5, exclude=[r"running_"], include=[r"^1\.", r"weight$"])
+    assert ema.module[1].running_mean.dtype == ema.module[0].bias.dtype == torch.bfloat16
+    assert ema.module[0].weight.dtype == ema.module[1].bias.dtype == torch.float32
+    before = copy.deepcopy(ema.module.state_dict())
+    for t in model.state_dict().values(): t.add_(1)
+    ema.update()
+    after, now = ema.module.state_dict(), model.state_dict()
+    for name in ("1.running_mean", "1.running_var", "0.bias", "4.bias", "1.num_batches_tracked"):
+        assert torch.equal(after[name], now[name])
+    for name in ("0.weight", "1.weight", "1.bias", "4.weight"):
+        torch.testing.assert_close(after[name], before[name].lerp(now[name].float(), 0.5))
+    with pytest.raises(UserError, match="'runing_'.*none.*0.weight"): ModelEma(model, exclude=["runing_"])
+
+
+def moved(model):
+    "Ways in which a model's tensors get a new place."
+    yield "assigned", lambda: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    yield "channels_last", lambda: model.to(memory_format=torch.channels_last)
+    yield "bfloat16 and back", lambda: model.bfloat16().float()
+    yield "replaced buffer", lambda: setattr(model[1], "running_mean", model[1].running_mean + 1)
+    yield "new data", lambda: setattr(model[4].weight, "data", model[4].weight.data * 2)
+    yield "new parameter", lambda: setattr(model[0], "weight", nn.Parameter(model[0].weight.data + 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_that_move_are_found(backend):
+    for name, move in moved(model := network()):
+        ema = ModelEma(model, momentum=0.5, backend=backend)
+        ema.update()
+        move()
+        want = {n: e.lerp(p, 0.5) if e.is_floating_point() else p
+                for (n, e), p in zip(ema.module.state_dict().items(), model.state_dict().values(), strict=True)}
+        ema.update()
+        got = ema.module.state_dict()
+        assert all(torch.allclose(got[n], want[n], rtol=1e-6, atol=1e-7) for n in want), name
+        ema.module.load_state_dict(copy.deepcopy(ema.module.state_dict()), assign=True)
+        pairs = zip(ema.module.state_dict().items(), model.state_dict().values(), strict=True)
+        want = {n: e.lerp(p, 0.5) for (n, e), p in pairs if e.is_floating_point()}
+        ema.update()
+        assert all(torch.allclose(ema.module.state_dict()[n], want[n], rtol=1e-6, atol=1e-7) for n in want), name
+
+
+def test_names_and_shapes_that_do_not_match_are_named():
+    model = network()
+    ema = ModelEma(model)
+    ema.update()
+    model[0].extra = nn.Parameter(torch.zeros(2))
+    with pytest.raises(UserError, match="only the model has '0.extra'"): ema.update()
+    del model[0].extra
+    model[4] = nn.Linear(72, 11)
+    with pytest.raises(UserError, match=r"4.weight: the average is \(10, 72\), the model \(11, 72\)"): ema.update()
+    model[4] = nn.Linear(72, 10, device="meta")
+    with pytest.raises(UserError, match="4.weight is on the meta device"): ema.update()
+
+
+def test_compiled_and_wrapped_models():
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    ema, plain = ModelEma(compiled, momentum=0.5), ModelEma(model, momentum=0.5)
+    step = stepper(compiled)
+    for _ in range(3):
+        step()
+        ema.update()
+        plain.update()
+    assert_equal(ema.module.state_dict(), plain.module.state_dict())
+    with ema.swap(compiled): assert_equal(model.state_dict(), ema.module.state_dict())
+
+
+DISTRIBUTED = """
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from tritoncls.ema import ModelEma
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+plain = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+ddp = nn.parallel.DistributedDataParallel(plain)
+ema = ModelEma(ddp, momentum=0.5)
+before = ema.module[0].weight.clone()
+optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
+ddp(torch.rand(4, 6) + rank).square().mean().backward()
+optimizer.step()
+ema.update()
+torch.testing.assert_close(ema.module[0].weight, before.lerp(plain[0].weight, 0.5))
+assert list(ema.module.state_dict()) == list(plain.state_dict())
+every = [torch.empty_like(before) for _ in range(world)]
+dist.all_gather(every, ema.module[0].weight.detach())
+assert all(torch.equal(every[0], e) for e in every)
+
+mesh = torch.distributed.init_device_mesh("cpu", (world,))
+sharded = nn.Linear(6, 8)
+full = {n: p.detach().clone() for n, p in sharded.named_parameters()}
+for n in full: setattr(sharded, n, nn.Parameter(distribute_tensor(full[n], mesh, [Shard(0)])))
+for backend in ("torch", "triton"):
+    ema = ModelEma(sharded, momentum=0.75, backend=backend)
+    with torch.no_grad():
+        for p in sharded.parameters(): p.add_(1)
+    was = {n: e.full_tensor().clone() for n, e in ema.module.named_parameters()}
+    ema.update()
+    for n, p in sharded.named_parameters():
+        e = dict(ema.module.named_parameters())[n]
+        assert e.to_local().shape[0] == 8 // world
+        torch.testing.assert_close(e.full_tensor(), was[n].lerp(p.detach().full_tensor(), 0.25))
+    own = {n: p.detach().full_tensor().clone() for n, p in sharded.named_parameters()}
+    with ema.swap():
+        for p, e in zip(sharded.parameters(), ema.module.parameters()): assert torch.equal(p.full_tensor(), e.full_tensor())
+    for n, p in sharded.named_parameters(): assert torch.equal(p.detach().full_tensor(), own[n])
+dist.destroy_process_group()
+print("all well", flush=True)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_data_parallel_and_sharded_parameters(tmp_path):
+    (tmp_path / "program.py").write_text(DISTRIBUTED)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "program.py"],
+        capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()})
+    assert done.returncode == 0 and done.stdout.count("all well") == 2, done.stderr[-3000:]
+
+
+def test_an_array_for_device_and_plot():
+    schedule = momentum_schedule("exp_ramp", 200, momentum=0.99, time_constant=50)
+    ema = ModelEma(network(), schedule=schedule, start=10)
+    np.testing.assert_array_equal(ema.table[10:200], 1 - schedule[10:])
+    assert (ema.table[:10] == 1).all() and alpha_at(ema.table, 10_000, 1) == 1 - schedule[-1]
