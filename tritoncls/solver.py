@@ -7,13 +7,12 @@ __all__ = ['CLIPS', 'STATIC_SCALE', 'DYNAMIC_SCALE', 'clip_gradients', 'differen
 
 # %% ../nbs/23_solver.ipynb #ae950a79
 from collections.abc import Sequence
-from itertools import islice
 
 import torch
 from torch import nn
 
 from .config import Config, GradClipConfig, SolverConfig
-from .optimizers import OPTIMIZERS, classifier, param_groups
+from .optimizers import OPTIMIZERS, classifier, few, param_groups
 from .registry import lookup, registers
 from .runtime import UserError
 
@@ -60,7 +59,7 @@ def difference(
     if saved["name"] != own["name"]: return f"it is of {saved['name']}, but solver.optimizer = {own['name']!r}"
     there, here = (_places(state["optimizer"]["param_groups"]) for state in (saved, own))
     for where, only in (("the state", there.keys() - here.keys()), ("the model", here.keys() - there.keys())):
-        if only: return f"only {where} trains {', '.join(islice(sorted(only), 3))}{', ...' * (len(only) > 3)}"
+        if only: return f"only {where} trains {few(sorted(only))}"
     for name, place in here.items():
         if place != there[name]:
             return (f"its groups are others, by solver.weight_decay, solver.layer_decay or the order of the model: {name} is "
