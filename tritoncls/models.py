@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -44,7 +43,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x): return torch.relu(self.convs(x) + self.skip(x))
 
-
+# %% ../nbs/32_models.ipynb #4c03f102
 @registers.models.register("SmallResNet")
 class SmallResNet(nn.Module):
     "A residual network for images of 8 to 64 pixels."
@@ -112,7 +111,7 @@ def unknown_model(name: str) -> str:
     allowed = ", ".join([*sorted(registers.models), *(f"{source}/NAME" for source in SOURCES), "package.module:callable"])
     return f"model.name: unknown model {name!r}; {hint}allowed: {allowed}"
 
-
+# %% ../nbs/32_models.ipynb #3b139335
 def _imported(name: str) -> Callable[..., nn.Module]:
     module, _, attribute = name.partition(":")
     try: thing = getattr(importlib.import_module(module), attribute)
@@ -143,7 +142,7 @@ def _read_file(path: Path):
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
-
+# %% ../nbs/32_models.ipynb #06bd8119
 def read_weights(
     path: str | Path,           # .safetensors, a checkpoint, or a state dict
 ) -> dict[str, torch.Tensor]:   # on the CPU, names without prefixes
@@ -155,7 +154,7 @@ def read_weights(
     except pickle.UnpicklingError as error:
         raise UserError(f"{where}: it is damaged, or holds more than tensors and plain data, which could run code when "
                         "it is read; save the model's state_dict() alone") from error
-    except (safetensors.SafetensorError, RuntimeError, OSError, EOFError) as error:
+    except Exception as error:  # damaged bytes lead anywhere
         raise UserError(f"{where}: cannot read it: {type(error).__name__}: {error}") from error
     inner = [state[key] for key in ("model", "state_dict") if isinstance(state, dict) and isinstance(state.get(key), dict)]
     state = inner[0] if inner else state
@@ -179,7 +178,7 @@ class LoadReport:
         lines = [f"{what}: {few(names)} ({len(names)})" for what, names in kinds.items() if names]
         return "\n".join([f"{self.loaded} tensors loaded", *lines])
 
-
+# %% ../nbs/32_models.ipynb #dc8f30a5
 def load_pretrained(
     model: nn.Module,                    # changed in place
     state: Mapping[str, torch.Tensor],   # from `read_weights`

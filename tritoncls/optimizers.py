@@ -26,7 +26,7 @@ def unwrapped(
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
 
-
+# %% ../nbs/17_optimizers.ipynb #ec466965
 def classifier(
     model: nn.Module,
 ) -> set[str]:         # names of parameters
@@ -78,7 +78,7 @@ def _layer_path(model: nn.Module, name: str) -> str:
         module, path = getattr(module, part), f"{path}{part}."
     return path
 
-
+# %% ../nbs/17_optimizers.ipynb #5ff94d93
 def layer_ids(
     model: nn.Module,
 ) -> dict[str, int]:   # parameter name -> layer, 0 next to the image
@@ -113,7 +113,7 @@ def param_groups(
             group["param_names"].append(name)
     return list(groups.values())
 
-
+# %% ../nbs/17_optimizers.ipynb #acf162f6
 def few(
     names: Iterable[str],
     most: int = 3,         # names to show
