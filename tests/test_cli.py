@@ -27,7 +27,7 @@ MISTAKES = {
     ("solver.basic_lr=-1",): ["solver.basic_lr = -1", "greater than 0"],
     ("solver.momentum=1.5",): ["solver.momentum = 1.5", "less than 1"],
     ("data.name=Digit",): ["unknown data 'Digit'", "Digits", "FakeData"],
-    ("solver.optimizer=sdg",): ["unknown optimizer 'sdg'", "adam, adamw, sgd"],
+    ("solver.optimizer=sdg",): ["unknown optimizer 'sdg'", "adam, adamw, lamb, lars, sgd"],
     ("loss.name=CE",): ["unknown loss 'CE'", "CrossEntropy"],
     ("model.name=ResNet",): ["unknown model 'ResNet'", "SmallResNet"],
     ("solver.lr_schedule=poly",): ["unknown lr_schedule 'poly'", "cosine, exp, linear, rel_exp, step"],
