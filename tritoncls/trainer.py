@@ -8,20 +8,24 @@ __all__ = ['Progress', 'BaseTrainer', 'total_loss', 'micro_batch', 'steps_per_ep
 # %% ../nbs/40_trainer.ipynb #6489541e
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .augment import Preprocess
 from .config import Config
 from .ema import ModelEma
+from .kernels.rows import Target
 from .losses import build_loss, topk_correct
 from .meters import MeterBuffer
+from .models import train_mode
 from .registry import registers
 from .runtime import UserError
-from .schedules import pycls_momentum
+from .schedules import momentum_schedule, pycls_momentum
 from .solver import Solver
 
 # %% ../nbs/40_trainer.ipynb #1bf9bd42
@@ -134,8 +138,10 @@ def build_ema(
     momentum = ema.momentum if ema.alpha is None else pycls_momentum(
         ema.alpha, total_batch_size, cfg.solver.max_epoch, ema.update_period)
     copied_epochs = cfg.solver.warmup_epochs if ema.start_epoch is None else ema.start_epoch
-    return ModelEma(model, momentum=momentum, update_period=ema.update_period, backend=cfg.backend,
-                    start=copied_epochs * steps_per_epoch(max_iter, accumulation))
+    per_epoch = steps_per_epoch(max_iter, accumulation)
+    schedule = ema.schedule and momentum_schedule(ema.schedule, cfg.solver.max_epoch * per_epoch, **ema.schedule_args)
+    return ModelEma(model, momentum=momentum, schedule=schedule, update_period=ema.update_period, count_from=ema.count_from,
+                    backend=cfg.backend, start=copied_epochs * per_epoch)
 
 # %% ../nbs/40_trainer.ipynb #f88cb1e5
 @registers.trainers.register()
@@ -148,15 +154,19 @@ class ClsTrainer(BaseTrainer):
         dataloader: Any,           # has a length, yields (uint8 images, class ids)
         solver: Solver,            # of this model's parameters
         hooks: Iterable = (),      # run in this order
+        rank: int = 0,             # this process
         world_size: int = 1,       # processes that share a step
     ):
         super().__init__(hooks)
         self.cfg, self.model, self.dataloader, self.solver = cfg, model, dataloader, solver
-        self.device, self.world_size = next(model.parameters()).device, world_size
+        self.device, self.rank, self.world_size = next(model.parameters()).device, rank, world_size
         self.ema = build_ema(cfg, model, len(dataloader), world_size)
         self.loss, self.meter = build_loss(cfg), MeterBuffer(cfg.log_every_n_iter)
-        self.preprocess = Preprocess(cfg.preprocess).to(self.device)
+        self.preprocess = Preprocess(cfg).to(self.device)
         self.autocast = torch.autocast(self.device.type, getattr(torch, cfg.amp.dtype), enabled=cfg.amp.enabled)
+        self.classes = tuple(getattr(dataloader, "classes", ()))
+        self.results: dict[str, Any] = {}  # of the last evaluation, by "model" and "ema"
+        self.best: dict[str, float] = {}   # highest top-1 accuracy so far, by the same names
         self.seconds = 0.0
 
     def train(self) -> None:
@@ -168,7 +178,7 @@ class ClsTrainer(BaseTrainer):
         if hasattr(self.dataloader, "set_epoch"): self.dataloader.set_epoch(self.progress.epoch)
         self._epoch_began = time.perf_counter()
         self._batches = iter(self.dataloader)
-        self.model.train()
+        train_mode(self.model)
 
     def after_epoch(self) -> None:
         self._batches = None
@@ -178,7 +188,8 @@ class ClsTrainer(BaseTrainer):
     def train_one_iter(self) -> None:
         "One batch: through the model, into the gradient, and perhaps a step."
         began = time.perf_counter()
-        samples, target = self.preprocess(*self._next_batch())
+        p, batch = self.progress, self._next_batch()
+        samples, target = self.preprocess(*batch, np.random.default_rng((self.cfg.seed, self.rank, p.epoch, p.iter)))
         loaded = time.perf_counter()
         self.meter.update(self.model_step(samples, target))
         self.meter.update(data_time=loaded - began, train_time=time.perf_counter() - loaded)
@@ -186,14 +197,15 @@ class ClsTrainer(BaseTrainer):
     def model_step(
         self,
         samples: torch.Tensor,       # (N, C, H, W) normalised
-        target: torch.Tensor,        # (N,) class ids
+        target: Target,              # (N,) class ids, (N, C) dense, or a MixedTarget
     ) -> dict[str, torch.Tensor]:    # loss and accuracies in percent, on the device
         "Forward, loss, accuracy, backward; after a group of micro-batches also the step and the moving average."
-        with self.autocast:
-            losses, correct = self._loss_and_counts(self.model(samples), target, samples)
-        loss, parts = total_loss(losses)
         size, last = micro_batch(self.progress.iter, self.progress.max_iter, self.cfg.solver.accumulation_steps)
-        self.solver.backward(loss / size)
+        with nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync():
+            with self.autocast:
+                losses, correct = self._loss_and_counts(self.model(samples), target, samples)
+            loss, parts = total_loss(losses)
+            self.solver.backward(loss / size)
         if last:
             self.modify_grad()
             if self.solver.step(): self.model_ema_step()
