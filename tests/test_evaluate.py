@@ -48,6 +48,7 @@ def evaluations(world: int, folder) -> list[dict]:
     return [json.loads(out) for out, _ in done]
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_and_agree(tmp_path):
     alone, = evaluations(1, tmp_path)
     assert alone["ids"] == alone["all on the first"] and alone["ids"][2] == 11
@@ -55,4 +56,5 @@ def test_processes_share_the_work_and_agree(tmp_path):
         for name, (acc1, acc5, count, loss, mean_ap, confusion) in found.items():
             want = alone[name]
             assert (acc1, acc5, count, confusion) == (*want[:3], want[5]), name
-            assert loss == pytest.approx(want[3], rel=1e-12) and mean_ap == pytest.approx(want[4], rel=1e-12), name
+            assert loss == pytest.approx(want[3], rel=1e-6), name
+            assert mean_ap is want[4] is None or mean_ap == pytest.approx(want[4], rel=1e-12), name

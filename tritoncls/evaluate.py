@@ -41,7 +41,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes: module.training = mode
 
-# %% ../nbs/42_evaluate.ipynb #2971adea
+# %% ../nbs/42_evaluate.ipynb #17e8b6d3
 def over_processes() -> bool: return dist.is_available() and dist.is_initialized()
 
 
@@ -61,7 +61,7 @@ def gathered(
         dist.all_gather_object(parts, parts[0])
     return torch.cat([part for part in parts if part is not None]).numpy()
 
-# %% ../nbs/42_evaluate.ipynb #14042778
+# %% ../nbs/42_evaluate.ipynb #436f791b
 @torch.no_grad()
 def evaluate(
     model: nn.Module,          # images (N, C, H, W) to logits (N, num_classes)
@@ -85,7 +85,7 @@ def evaluate(
             if confusion is not None: add_to_confusion(confusion, logits, target)
             out = (binary_cross_entropy if multi_label else cross_entropy)(logits, target, reduction="none", backend=backend)
             sums[:2] += out.correct
-            sums[2] += out.loss.double().sum() / out.loss[0].numel()
+            sums[2] += out.loss.double().sum() / (logits.shape[1] if multi_label else 1)
             sums[3] += len(target)
             sums[4] += multi_label
     *totals, count, rows = summed(sums).tolist()
@@ -94,7 +94,7 @@ def evaluate(
     mean_ap = mean_average_precision(gathered(labels), gathered(scores)) if rows else None
     return Accuracy(100 * totals[0] / count, 100 * totals[1] / count, int(count), totals[2] / count, mean_ap)
 
-# %% ../nbs/42_evaluate.ipynb #083f9b8c
+# %% ../nbs/42_evaluate.ipynb #5ef359c4
 def add_to_confusion(
     counts: torch.Tensor,   # (C, C) int64; changed in place
     logits: torch.Tensor,   # (N, C)
@@ -113,7 +113,7 @@ def per_class_accuracy(
     "Top-1 accuracy of each class."
     return 100 * counts.diag().double() / counts.sum(1)
 
-# %% ../nbs/42_evaluate.ipynb #9c6107dc
+# %% ../nbs/42_evaluate.ipynb #a69e2f41
 def plot_confusion(
     counts: torch.Tensor,      # (C, C) a row per class, a column per answer
     classes: Sequence[str],    # a name per class id
@@ -159,7 +159,7 @@ def _plot_pairs(counts, names, most=20):
     ax.grid(False, axis="y")
     return ax
 
-# %% ../nbs/42_evaluate.ipynb #adafc5e1
+# %% ../nbs/42_evaluate.ipynb #1c74ea6e
 def mean_average_precision(
     labels: np.ndarray,   # (N, C) above 0.5: the image has the label
     scores: np.ndarray,   # (N, C) any scale; nan counts as the lowest
