@@ -77,7 +77,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
-
+# %% ../nbs/41_checkpoint.ipynb #639864e4
 def trainer_state(
     trainer: ClsTrainer,
     epoch: int,            # epochs finished
@@ -138,7 +138,7 @@ def read_checkpoint(
         raise UserError(f"{path} is not a checkpoint of version 1 to {VERSION}: its version is {version}")
     return dict(best={}, meters={}, classes=[]) | state
 
-
+# %% ../nbs/41_checkpoint.ipynb #39631806
 def load_checkpoint(
     path: Path,
     device: torch.device | str = "cpu",  # where the tensors go
@@ -194,7 +194,7 @@ def load_parts(trainer: ClsTrainer, state: dict[str, Any]) -> None:
     copy = {"module": trainer.model.state_dict(), "steps": state["epoch"] * per_epoch}
     trainer.ema.load_state_dict(state["ema"] or trainer.ema.state_dict() | copy)
 
-
+# %% ../nbs/41_checkpoint.ipynb #62726759
 def restore(
     trainer: ClsTrainer,      # built from the same configuration, or one that the state fits
     state: dict[str, Any],    # from `load_checkpoint`
@@ -227,7 +227,7 @@ def prediction_metadata(trainer: ClsTrainer) -> dict[str, Any]:
     cfg = trainer.cfg.model_copy(update={"output_dir": None})
     return dict(cfg=dump_yaml(cfg), classes=list(getattr(trainer, "classes", ())))
 
-
+# %% ../nbs/41_checkpoint.ipynb #1cb2e256
 def load_weights(
     path: Path,              # .safetensors, or a checkpoint, of which it takes the model
     module: nn.Module,       # changed in place

@@ -51,7 +51,7 @@ def latest_run(
         raise UserError(f"--resume: there is no run with a checkpoint in {parent}; name one with output_dir=...")
     return runs[-1]
 
-
+# %% ../nbs/50_cli.ipynb #ac9a46bc
 def choose_folder(
     cfg: Config,    # output_dir may be None
     resume: bool,   # go on with a run instead of beginning one
@@ -171,7 +171,7 @@ def train(
     "Train a classifier. Without -f: a small one, on scanned digits."
     run(run_config(file, resume, overrides or []), resume)
 
-
+# %% ../nbs/50_cli.ipynb #454fc8ff
 @app.command()
 def test(
     weights: Weights,
@@ -236,7 +236,7 @@ def per_class_table(counts: torch.Tensor, classes: tuple[str, ...]) -> list[str]
     rows = zip(classes, per_class_accuracy(counts).tolist(), counts.sum(1).tolist(), strict=True)
     return [f"{name:{width}} {f'{acc:.2f}' if n else '-':>7} of {n}" for name, acc, n in rows]
 
-
+# %% ../nbs/50_cli.ipynb #6bd1e6ca
 def draw_confusion(path: Path, counts: torch.Tensor, classes: tuple[str, ...]) -> None:
     from tritoncls.plots import svg
 

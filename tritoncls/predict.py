@@ -47,7 +47,7 @@ def class_names(
     if len(names := tuple(names)) == num_classes: return names
     raise UserError(f"num_classes = {num_classes}: {weights} has names for {len(names)} classes")
 
-
+# %% ../nbs/46_predict.ipynb #a3ccf9cd
 def load_model(
     cfg: Config,             # section model; num_classes
     weights: Path,           # .safetensors, or a checkpoint
@@ -110,7 +110,7 @@ def probabilities(
     "What the logits say, as the loss reads them."
     return logits.float().sigmoid() if cfg.loss.name == "BinaryCrossEntropy" else logits.float().softmax(1)
 
-
+# %% ../nbs/46_predict.ipynb #6fc4c9a5
 @torch.no_grad()
 def predict(
     model: nn.Module,           # in evaluation mode
