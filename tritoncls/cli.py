@@ -111,7 +111,7 @@ def build_trainer(
     device = pick_device(cfg.device)
     trainer, hooks = registers.trainers.get(cfg.trainer_name), registers.hooks.get(cfg.hooks_name)
     train_loader, test_loader = build_dataloaders(cfg)
-    model = build_model(cfg).to(device)
+    model = build_model(cfg.model_copy(update={"weights": None}) if resume else cfg).to(device)
     return trainer(cfg, model, train_loader, build_solver(cfg, model), hooks(cfg, test_loader, resume))
 
 
@@ -218,7 +218,7 @@ def test_weights(
     "Evaluate weights on the test data that the configuration names."
     import_modules(cfg.imports)
     device = pick_device(cfg.device)
-    model, preprocess = load_model(cfg, weights, device), Preprocess(cfg.preprocess).to(device)
+    model, preprocess = load_model(cfg, weights, device), Preprocess(cfg).to(device)
     counts = None if confusion is None else confusion.to(device)
     accuracy = evaluate(model, build_dataloaders(cfg)[1], preprocess, confusion=counts, backend=cfg.backend)
     if confusion is not None: confusion.copy_(counts)
