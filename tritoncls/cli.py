@@ -29,7 +29,7 @@ from .config import Config, Section, dotted_keys, dump_yaml, load_config
 from .data import build_dataloaders
 from .evaluate import Accuracy, evaluate, per_class_accuracy, plot_confusion
 from .hooks import CONFIG, LATEST, LOG, output_folder
-from .models import build_model
+from .models import build_model, check_fits
 from .predict import class_names, load_model, predict, weights_config
 from .registry import registers
 from .runtime import UserError, pick_device, seed_everything
@@ -112,6 +112,7 @@ def build_trainer(
     trainer, hooks = registers.trainers.get(cfg.trainer_name), registers.hooks.get(cfg.hooks_name)
     train_loader, test_loader = build_dataloaders(cfg)
     model = build_model(cfg.model_copy(update={"weights": None}) if resume else cfg).to(device)
+    check_fits(model, cfg)
     return trainer(cfg, model, train_loader, build_solver(cfg, model), hooks(cfg, test_loader, resume))
 
 
