@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['Transform', 'EIGENVALUES', 'EIGENVECTORS', 'NOISE', 'interpolation', 'resize_to_square', 'crop_and_flip',
            'simple_augment', 'lighting', 'to_levels', 'check_channels', 'color_augment', 'rgb_order', 'auto_augment',
-           'rand_augment', 'random_operation', 'subpixel_affine', 'random_affine', 'erase_box', 'random_erasing',
-           'train_transform', 'test_transform', 'Mixing', 'draw_boxes', 'draw_mixing', 'mix', 'to_device', 'Preprocess']
+           'rand_augment', 'random_operation', 'draw_affine', 'affine', 'turned', 'random_affine', 'erase_box',
+           'random_erasing', 'train_transform', 'test_transform', 'Mixing', 'draw_boxes', 'draw_mixing', 'mix',
+           'to_device', 'Preprocess']
 
 # %% ../nbs/30_augment.ipynb #ceab9224
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
-from .config import Config, MixupConfig, RandAugConfig
+from .config import AffineConfig, Config, MixupConfig, RandAugConfig
 from .kernels.rows import MixedTarget
 from .registry import registers
 from .runtime import UserError
@@ -125,24 +128,36 @@ def random_operation(
                           interpolation=v2.InterpolationMode.BILINEAR, fill=fill)(image)
 
 # %% ../nbs/30_augment.ipynb #88ad0661
-def subpixel_affine(
-    image: torch.Tensor,   # (C, H, W) uint8
-    turn: v2.RandomAffine, # draws angle and scale
-    translate: float,      # largest shift, as a share of each side
-) -> torch.Tensor:         # (C, H, W) uint8; what comes in at the borders is black
-    "Turn, scale and shift an image, by its own random amounts."
+def draw_affine(
+    cfg: AffineConfig,                   # the largest of each change
+    height: int, width: int,
+) -> tuple[float, float, float, float]:  # clockwise turn in degrees, scale, shift right and down in pixels
+    "Each change, evenly between minus and plus its largest."
+    turn, grow, right, down = (2 * torch.rand(4, dtype=torch.float64) - 1).tolist()
+    return turn * cfg.degrees, 1 + grow * cfg.scale, right * cfg.translate * width, down * cfg.translate * height
+
+
+def affine(
+    image: torch.Tensor,         # (C, H, W) uint8
+    angle: float, scale: float,  # clockwise, in degrees; greater than 1 enlarges
+    dx: float, dy: float,        # right and down, in pixels
+) -> torch.Tensor:               # (C, H, W) uint8; what comes in at the borders is black
+    "Turn and scale around the centre, and shift."
     height, width = image.shape[-2:]
-    shift = translate * (2 * torch.rand(2) - 1) * torch.tensor([width, height])
-    params = turn.make_params([image]) | {"translate": shift.tolist()}
-    return v2.functional.affine(image, **params, interpolation=v2.InterpolationMode.BILINEAR)
+    cos, sin = math.cos(math.radians(angle)) / scale, math.sin(math.radians(angle)) / scale
+    theta = torch.tensor([[[cos, sin * height / width, -2 * (cos * dx + sin * dy) / width],
+                           [-sin * width / height, cos, -2 * (cos * dy - sin * dx) / height]]])
+    grid = F.affine_grid(theta, [1, *image.shape], align_corners=False)
+    return F.grid_sample(image[None].float(), grid, align_corners=False)[0].round().to(torch.uint8)
+
+
+def turned(image: torch.Tensor, cfg: AffineConfig) -> torch.Tensor: return affine(image, *draw_affine(cfg, *image.shape[-2:]))
 
 
 @registers.augments.register("RandomAffine")
 def random_affine(cfg: Config) -> Transform:
     "Turn, scale and shift the whole image a little."
-    affine = cfg.augments.affine
-    turn = v2.RandomAffine(affine.degrees, scale=(1 - affine.scale, 1 + affine.scale))
-    return v2.Compose([resize_to_square(cfg), partial(subpixel_affine, turn=turn, translate=affine.translate)])
+    return v2.Compose([resize_to_square(cfg), partial(turned, cfg=cfg.augments.affine)])
 
 # %% ../nbs/30_augment.ipynb #94b7c2c8
 NOISE = {  # mode -> standard normal noise that spreads over (C, h, w)

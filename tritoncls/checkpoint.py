@@ -86,8 +86,8 @@ def trainer_state(
     ema = trainer.ema.state_dict() if trainer.ema else None
     return dict(
         version=VERSION, epoch=epoch, model=trainer.model.state_dict(), solver=trainer.solver.state_dict(), ema=ema,
-        rng=rng_state(), best=dict(getattr(trainer, "best", {})), classes=list(getattr(trainer, "classes", ())),
-        meters=trainer.meter.state_dict() if hasattr(trainer.meter, "state_dict") else {},
+        rng=rng_state(), best=dict(trainer.best), classes=list(trainer.classes),
+        meters=trainer.meter.state_dict(),
         seconds=trainer.seconds, cfg=dump_yaml(trainer.cfg))
 
 # %% ../nbs/41_checkpoint.ipynb #0617d01e
@@ -180,7 +180,7 @@ def shortened(lines: Iterable[str], most: int = 6) -> str:
 # %% ../nbs/41_checkpoint.ipynb #c02f4978
 def load_parts(trainer: ClsTrainer, state: dict[str, Any]) -> None:
     "Model, solver and average; an error if one of them does not fit."
-    classes = list(getattr(trainer, "classes", ()))
+    classes = list(trainer.classes)
     if classes and state["classes"] and classes != state["classes"]:
         then, now = next((a, b) for a, b in zip([*state["classes"], None], [*classes, None], strict=False) if a != b)
         raise ValueError(f"the classes have other names: {then!r} then, {now!r} now")
@@ -192,7 +192,8 @@ def load_parts(trainer: ClsTrainer, state: dict[str, Any]) -> None:
     if trainer.ema is None: return
     per_epoch = steps_per_epoch(len(trainer.dataloader), trainer.cfg.solver.accumulation_steps)
     copy = {"module": trainer.model.state_dict(), "steps": state["epoch"] * per_epoch}
-    trainer.ema.load_state_dict(state["ema"] or trainer.ema.state_dict() | copy)
+    kept = {name: part for name, part in (state["ema"] or copy).items() if name != "settings"}
+    trainer.ema.load_state_dict(kept)
 
 # %% ../nbs/41_checkpoint.ipynb #62726759
 def restore(
@@ -225,7 +226,7 @@ def save_weights(
 def prediction_metadata(trainer: ClsTrainer) -> dict[str, Any]:
     "What `save_weights` should keep beside the weights, so that they can be used without the run's folder."
     cfg = trainer.cfg.model_copy(update={"output_dir": None})
-    return dict(cfg=dump_yaml(cfg), classes=list(getattr(trainer, "classes", ())))
+    return dict(cfg=dump_yaml(cfg), classes=list(trainer.classes))
 
 # %% ../nbs/41_checkpoint.ipynb #1cb2e256
 def load_weights(

@@ -29,7 +29,7 @@ from .config import Config, Section, dotted_keys, dump_yaml, load_config
 from .data import build_dataloaders
 from .evaluate import Accuracy, evaluate, per_class_accuracy, plot_confusion
 from .hooks import CONFIG, LATEST, LOG, output_folder
-from .models import build_model
+from .models import build_model, check_fits
 from .predict import class_names, load_model, predict, weights_config
 from .registry import registers
 from .runtime import UserError, pick_device, seed_everything
@@ -111,7 +111,8 @@ def build_trainer(
     device = pick_device(cfg.device)
     trainer, hooks = registers.trainers.get(cfg.trainer_name), registers.hooks.get(cfg.hooks_name)
     train_loader, test_loader = build_dataloaders(cfg)
-    model = build_model(cfg).to(device)
+    model = build_model(cfg.model_copy(update={"weights": None}) if resume else cfg).to(device)
+    check_fits(model, cfg)
     return trainer(cfg, model, train_loader, build_solver(cfg, model), hooks(cfg, test_loader, resume))
 
 
@@ -218,7 +219,7 @@ def test_weights(
     "Evaluate weights on the test data that the configuration names."
     import_modules(cfg.imports)
     device = pick_device(cfg.device)
-    model, preprocess = load_model(cfg, weights, device), Preprocess(cfg.preprocess).to(device)
+    model, preprocess = load_model(cfg, weights, device), Preprocess(cfg).to(device)
     counts = None if confusion is None else confusion.to(device)
     accuracy = evaluate(model, build_dataloaders(cfg)[1], preprocess, confusion=counts, backend=cfg.backend)
     if confusion is not None: confusion.copy_(counts)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'conv_bn', 'ResidualBlock', 'SmallResNet', 'unknown_model', 'find_model', 'read_weights', 'LoadReport',
-           'load_pretrained', 'freeze', 'train_mode', 'build_model']
+           'load_pretrained', 'freeze', 'train_mode', 'build_model', 'check_fits']
 
 # %% ../nbs/32_models.ipynb #1faf67c1
 import argparse
@@ -22,10 +22,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .config import Config
-from .ema import bare
 from .optimizers import classifier, few, regex
 from .registry import lookup, registers
-from .runtime import UserError
+from .runtime import UserError, bare
 
 # %% ../nbs/32_models.ipynb #ffec2c89
 def conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -238,3 +237,25 @@ def build_model(
         if os.environ.get("RANK", "0") == "0": print(f"weights = {cfg.weights!r}: {report}")
     freeze(model, cfg.model.freeze)
     return model.to(memory_format=torch.channels_last) if cfg.model.channels_last else model
+
+# %% ../nbs/32_models.ipynb #f61ae20a
+@torch.no_grad()
+def check_fits(
+    model: nn.Module,  # on the device that trains; its modes stay as they are
+    cfg: Config,       # sections preprocess, test, model; num_classes
+) -> None:
+    "The model takes images of the training's and of the test's size, and gives (N, num_classes) logits."
+    modes = [(module, module.training) for module in model.modules()]
+    device, channels = next(model.parameters()).device, len(cfg.preprocess.img_mean)
+    model.eval()
+    try:
+        for size in sorted({cfg.preprocess.img_size, cfg.test.img_size}):
+            try: logits = model(torch.zeros(1, channels, size, size, device=device))
+            except Exception as error:
+                raise UserError(f"model.name = {cfg.model.name!r}: it does not take images ({channels}, {size}, {size}), as "
+                                f"preprocess.img_mean and img_size say: {type(error).__name__}: {error}") from error
+            if isinstance(logits, torch.Tensor) and logits.shape != (1, cfg.num_classes):
+                raise UserError(f"model.name = {cfg.model.name!r}: its output is {tuple(logits.shape)} for one image; "
+                                f"num_classes = {cfg.num_classes} needs (1, {cfg.num_classes})")
+    finally:
+        for module, mode in modes: module.training = mode
