@@ -26,7 +26,7 @@ model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
 def found(target, mine):
     batches = list(zip(images[mine].split(3), target[mine].split(3)))
     confusion = torch.zeros(10, 10, dtype=torch.int64) if target.ndim == 1 else None
-    accuracy = evaluate(model, batches, Preprocess(cfg.preprocess), confusion=confusion)
+    accuracy = evaluate(model, batches, Preprocess(cfg), confusion=confusion)
     return [*accuracy, confusion.tolist() if target.ndim == 1 else None]
 
 every = slice(rank, None, world)

@@ -6,8 +6,7 @@
 __all__ = ['Transform', 'EIGENVALUES', 'EIGENVECTORS', 'NOISE', 'interpolation', 'resize_to_square', 'crop_and_flip',
            'simple_augment', 'lighting', 'to_levels', 'check_channels', 'color_augment', 'rgb_order', 'auto_augment',
            'rand_augment', 'random_operation', 'subpixel_affine', 'random_affine', 'erase_box', 'random_erasing',
-           'train_transform', 'test_transform', 'Mixing', 'cutmix_boxes', 'minmax_boxes', 'draw_mixing', 'draw_lam',
-           'cutmix_share', 'mix', 'to_device', 'Preprocess']
+           'train_transform', 'test_transform', 'Mixing', 'draw_boxes', 'draw_mixing', 'mix', 'to_device', 'Preprocess']
 
 # %% ../nbs/30_augment.ipynb #ceab9224
 from collections.abc import Callable
@@ -203,35 +202,26 @@ class Mixing(NamedTuple):
     left: np.ndarray | torch.Tensor     # (N,) columns from here
     right: np.ndarray | torch.Tensor    # (N,) to before here
 
-# %% ../nbs/30_augment.ipynb #e86f703b
-def cutmix_boxes(
-    lam: np.ndarray,            # (N,) the share of the image that stays, before clipping
-    size: tuple[int, int],      # height, width
+# %% ../nbs/30_augment.ipynb #a4957d6b
+def draw_boxes(
+    lam: np.ndarray,                     # (N,) the share of the image that stays, before clipping
+    minmax: tuple[float, float] | None,  # smallest and largest share of each side; lam does not count then
+    size: tuple[int, int],               # height, width
     rng: np.random.Generator,
-) -> np.ndarray:                # (4, N) top, bottom, left, right
-    "Boxes around any pixel, clipped at the borders."
+) -> np.ndarray:                         # (4, N) top, bottom, left, right
+    "Boxes of cutmix, one per image."
     box = []
     for side in size:
-        cut, centre = (side * np.sqrt(1 - lam)).astype(int), rng.integers(0, side, len(lam))
-        box += [centre - cut // 2, centre + (cut + 1) // 2]
+        if minmax:
+            cut = rng.integers(*(int(side * share) for share in minmax), len(lam), endpoint=True)
+            start = rng.integers(0, side - cut, endpoint=True)
+        else:
+            cut = (side * np.sqrt(1 - lam)).astype(int)
+            start = rng.integers(0, side, len(lam)) - cut // 2
+        box += [start, start + cut]
     return np.clip(box, 0, np.repeat(size, 2)[:, None])
 
-
-def minmax_boxes(
-    n: int,                       # boxes
-    minmax: tuple[float, float],  # smallest and largest share of each side
-    size: tuple[int, int],        # height, width
-    rng: np.random.Generator,
-) -> np.ndarray:                  # (4, N) top, bottom, left, right
-    "Boxes of any ratio inside the image."
-    box = []
-    for side in size:
-        cut = rng.integers(*(int(side * share) for share in minmax), n, endpoint=True)
-        start = rng.integers(0, side - cut, endpoint=True)
-        box += [start, start + cut]
-    return np.stack(box)
-
-# %% ../nbs/30_augment.ipynb #f5fd3167
+# %% ../nbs/30_augment.ipynb #d0df4227
 def draw_mixing(
     n: int,                    # images in the batch
     size: tuple[int, int],     # height, width
@@ -243,28 +233,19 @@ def draw_mixing(
     position = np.argsort(order)
     group = {"batch": 0 * position, "pair": np.minimum(position, n - 1 - position), "elem": position}[cfg.mode]
 
-    mixed, boxed = rng.random(n) < cfg.prob, rng.random(n) < cutmix_share(cfg)
-    blended = draw_lam(cfg.mixup_alpha, n, rng)
-    if cfg.calibrate_mixup_lambda: blended = np.maximum(blended, 1 - blended)
-    lam = np.where(mixed, np.where(boxed, draw_lam(cfg.cutmix_alpha, n, rng), blended), 1.0)
-    box = minmax_boxes(n, cfg.cutmix_minmax, size, rng) if cfg.cutmix_minmax else cutmix_boxes(lam, size, rng)
-    top, bottom, left, right = box = np.where(mixed & boxed, box, 0)
+    beta = lambda alpha: rng.beta(alpha, alpha, n) if alpha else np.ones(n)
+    cutmix = bool(cfg.cutmix_alpha or cfg.cutmix_minmax)
+    boxed = rng.random(n) < (cfg.switch_prob if cutmix and cfg.mixup_alpha else cutmix)
+    mixed = rng.random(n) < cfg.prob
+    blend = beta(cfg.mixup_alpha)
+    if cfg.calibrate_mixup_lambda: blend = np.maximum(blend, 1 - blend)
+    lam = np.where(mixed, np.where(boxed, beta(cfg.cutmix_alpha), blend), 1.0)
 
     weight = np.where(boxed, 1.0, lam)
+    top, bottom, left, right = box = np.where(mixed & boxed, draw_boxes(lam, cfg.cutmix_minmax, size, rng), 0)
     if cfg.calibrate_cutmix_lambda or cfg.cutmix_minmax:
         lam = np.where(boxed, 1 - (bottom - top) * (right - left) / (size[0] * size[1]), lam)
     return Mixing(order[n - 1 - position], *np.stack([lam, weight, *box])[:, group])
-
-
-def draw_lam(alpha: float, n: int, rng: np.random.Generator) -> np.ndarray:
-    "Beta(alpha, alpha), n times; what is off keeps the image."
-    return rng.beta(alpha, alpha, n) if alpha else np.ones(n)
-
-
-def cutmix_share(cfg: MixupConfig) -> float:
-    "How many of the mixed images get a box."
-    cutmix = bool(cfg.cutmix_alpha or cfg.cutmix_minmax)
-    return cfg.switch_prob if cutmix and cfg.mixup_alpha else float(cutmix)
 
 # %% ../nbs/30_augment.ipynb #ea6015eb
 def mix(
@@ -294,7 +275,7 @@ def to_device(
     if device.type == "cuda": numbers = numbers.pin_memory()
     return Mixing(*numbers.to(device, non_blocking=True))
 
-# %% ../nbs/30_augment.ipynb #53b5ed92
+# %% ../nbs/30_augment.ipynb #2ed5fabc
 class Preprocess(nn.Module):
     "uint8 batches to normalised, mixed fp32 on the device that holds this module."
     def __init__(
@@ -333,5 +314,4 @@ class Preprocess(nn.Module):
                             f"preprocess.img_mean, not {tuple(images.shape)}")
         if images.dtype != torch.uint8: raise UserError(f"images need to be uint8, 0..255, not {images.dtype}")
         if target.ndim not in (1, 2) or len(target) != len(images):
-            raise UserError(f"target needs to be ({len(images)},) class ids or ({len(images)}, C) for {len(images)} images, "
-                            f"not {tuple(target.shape)}")
+            raise UserError(f"target needs to be ({len(images)},) class ids or ({len(images)}, C), not {tuple(target.shape)}")

@@ -77,7 +77,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
-
+# %% ../nbs/41_checkpoint.ipynb #639864e4
 def trainer_state(
     trainer: ClsTrainer,
     epoch: int,            # epochs finished
@@ -86,8 +86,8 @@ def trainer_state(
     ema = trainer.ema.state_dict() if trainer.ema else None
     return dict(
         version=VERSION, epoch=epoch, model=trainer.model.state_dict(), solver=trainer.solver.state_dict(), ema=ema,
-        rng=rng_state(), best=dict(getattr(trainer, "best", {})), classes=list(getattr(trainer, "classes", ())),
-        meters=trainer.meter.state_dict() if hasattr(trainer.meter, "state_dict") else {},
+        rng=rng_state(), best=dict(trainer.best), classes=list(trainer.classes),
+        meters=trainer.meter.state_dict(),
         seconds=trainer.seconds, cfg=dump_yaml(trainer.cfg))
 
 # %% ../nbs/41_checkpoint.ipynb #0617d01e
@@ -138,7 +138,7 @@ def read_checkpoint(
         raise UserError(f"{path} is not a checkpoint of version 1 to {VERSION}: its version is {version}")
     return dict(best={}, meters={}, classes=[]) | state
 
-
+# %% ../nbs/41_checkpoint.ipynb #39631806
 def load_checkpoint(
     path: Path,
     device: torch.device | str = "cpu",  # where the tensors go
@@ -180,7 +180,7 @@ def shortened(lines: Iterable[str], most: int = 6) -> str:
 # %% ../nbs/41_checkpoint.ipynb #c02f4978
 def load_parts(trainer: ClsTrainer, state: dict[str, Any]) -> None:
     "Model, solver and average; an error if one of them does not fit."
-    classes = list(getattr(trainer, "classes", ()))
+    classes = list(trainer.classes)
     if classes and state["classes"] and classes != state["classes"]:
         then, now = next((a, b) for a, b in zip([*state["classes"], None], [*classes, None], strict=False) if a != b)
         raise ValueError(f"the classes have other names: {then!r} then, {now!r} now")
@@ -192,9 +192,10 @@ def load_parts(trainer: ClsTrainer, state: dict[str, Any]) -> None:
     if trainer.ema is None: return
     per_epoch = steps_per_epoch(len(trainer.dataloader), trainer.cfg.solver.accumulation_steps)
     copy = {"module": trainer.model.state_dict(), "steps": state["epoch"] * per_epoch}
-    trainer.ema.load_state_dict(state["ema"] or trainer.ema.state_dict() | copy)
+    kept = {name: part for name, part in (state["ema"] or copy).items() if name != "settings"}
+    trainer.ema.load_state_dict(kept)
 
-
+# %% ../nbs/41_checkpoint.ipynb #62726759
 def restore(
     trainer: ClsTrainer,      # built from the same configuration, or one that the state fits
     state: dict[str, Any],    # from `load_checkpoint`
@@ -225,9 +226,9 @@ def save_weights(
 def prediction_metadata(trainer: ClsTrainer) -> dict[str, Any]:
     "What `save_weights` should keep beside the weights, so that they can be used without the run's folder."
     cfg = trainer.cfg.model_copy(update={"output_dir": None})
-    return dict(cfg=dump_yaml(cfg), classes=list(getattr(trainer, "classes", ())))
+    return dict(cfg=dump_yaml(cfg), classes=list(trainer.classes))
 
-
+# %% ../nbs/41_checkpoint.ipynb #1cb2e256
 def load_weights(
     path: Path,              # .safetensors, or a checkpoint, of which it takes the model
     module: nn.Module,       # changed in place

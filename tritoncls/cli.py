@@ -51,7 +51,7 @@ def latest_run(
         raise UserError(f"--resume: there is no run with a checkpoint in {parent}; name one with output_dir=...")
     return runs[-1]
 
-
+# %% ../nbs/50_cli.ipynb #ac9a46bc
 def choose_folder(
     cfg: Config,    # output_dir may be None
     resume: bool,   # go on with a run instead of beginning one
@@ -111,7 +111,7 @@ def build_trainer(
     device = pick_device(cfg.device)
     trainer, hooks = registers.trainers.get(cfg.trainer_name), registers.hooks.get(cfg.hooks_name)
     train_loader, test_loader = build_dataloaders(cfg)
-    model = build_model(cfg).to(device)
+    model = build_model(cfg.model_copy(update={"weights": None}) if resume else cfg).to(device)
     return trainer(cfg, model, train_loader, build_solver(cfg, model), hooks(cfg, test_loader, resume))
 
 
@@ -171,7 +171,7 @@ def train(
     "Train a classifier. Without -f: a small one, on scanned digits."
     run(run_config(file, resume, overrides or []), resume)
 
-
+# %% ../nbs/50_cli.ipynb #454fc8ff
 @app.command()
 def test(
     weights: Weights,
@@ -218,7 +218,7 @@ def test_weights(
     "Evaluate weights on the test data that the configuration names."
     import_modules(cfg.imports)
     device = pick_device(cfg.device)
-    model, preprocess = load_model(cfg, weights, device), Preprocess(cfg.preprocess).to(device)
+    model, preprocess = load_model(cfg, weights, device), Preprocess(cfg).to(device)
     counts = None if confusion is None else confusion.to(device)
     accuracy = evaluate(model, build_dataloaders(cfg)[1], preprocess, confusion=counts, backend=cfg.backend)
     if confusion is not None: confusion.copy_(counts)
@@ -236,7 +236,7 @@ def per_class_table(counts: torch.Tensor, classes: tuple[str, ...]) -> list[str]
     rows = zip(classes, per_class_accuracy(counts).tolist(), counts.sum(1).tolist(), strict=True)
     return [f"{name:{width}} {f'{acc:.2f}' if n else '-':>7} of {n}" for name, acc, n in rows]
 
-
+# %% ../nbs/50_cli.ipynb #6bd1e6ca
 def draw_confusion(path: Path, counts: torch.Tensor, classes: tuple[str, ...]) -> None:
     from tritoncls.plots import svg
 

@@ -145,7 +145,7 @@ class RandAugConfig(Section):
 # %% ../nbs/01_config.ipynb #f700c3d7
 class RandEraseConfig(Section):
     prob: Finite = key(0.0, "probability that an image loses a rectangle", ge=0, le=1)
-    scale_range: Range = key((0.02, 1 / 3), "share of the image's area that a rectangle covers, within (0, 1]")
+    scale_range: Range = key((0.02, 1 / 3), "share of the image's area that the rectangles cover together, within (0, 1]")
     ratio: Finite = key(0.3, "height over width of a rectangle lies between this and its inverse", gt=0, le=1)
     mode: Literal["const", "rand", "pixel"] = key("const", "fill: the mean, one random colour, or random pixels")
     count: int = key(1, "the largest number of rectangles", ge=1)
@@ -164,8 +164,8 @@ class MixupConfig(Section):
     switch_prob: Finite = key(0.5, "probability of cutmix where both are on", ge=0, le=1)
     mode: Literal["batch", "pair", "elem"] = key("batch", "one lambda per batch, per pair of images, or per image")
     calibrate_cutmix_lambda: bool = key(True, "lambda is the area that is left, not the one that was drawn")
-    calibrate_mixup_lambda: bool = key(False, "lambda follows the images' shares of brightness")
-    permute: bool = key(False, "partners by a random permutation, instead of the reversed batch")
+    calibrate_mixup_lambda: bool = key(False, "mixup: lambda is at least 0.5, so that an image outweighs its partner")
+    permute: bool = key(False, "partners are pairs of a random order, instead of the reversed batch")
 
     @model_validator(mode="after")
     def _shares(self):

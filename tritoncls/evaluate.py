@@ -141,7 +141,7 @@ def _plot_matrix(counts, names):
     ax.grid(False)
     return ax
 
-
+# %% ../nbs/42_evaluate.ipynb #f6546306
 def _plot_pairs(counts, names, most=20):
     from tritoncls.plots import axes
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .checkpoint import (
-    load_checkpoint, restore, save_checkpoint, save_weights, trainer_state, weights_metadata, write_text)
+    load_checkpoint, prediction_metadata, restore, save_checkpoint, save_weights, trainer_state, weights_metadata, write_text)
 from .config import Config
 from .evaluate import Accuracy, evaluate
 from .logs import (
@@ -90,8 +90,9 @@ class CheckpointHook(BaseHook):
 
     def after_train(self) -> None:
         if not self.leads: return
-        save_weights(self.folder / "dumped_model.safetensors", self.trainer.model)
-        if self.trainer.ema: save_weights(self.folder / "dumped_ema_model.safetensors", self.trainer.ema.module)
+        about = prediction_metadata(self.trainer)
+        save_weights(self.folder / "dumped_model.safetensors", self.trainer.model, **about)
+        if self.trainer.ema: save_weights(self.folder / "dumped_ema_model.safetensors", self.trainer.ema.module, **about)
 
     def save(self, name: str, epoch: int) -> None:
         state = trainer_state(self.trainer, epoch)  # by all processes: it may collect from them
@@ -134,7 +135,8 @@ class EvalHook(BaseHook):
         if accuracy.acc1 <= self.trainer.best.get(name, -1): return
         self.trainer.best[name] = accuracy.acc1
         if self.leads: save_weights(
-            self.folder / BEST[name], module, acc1=accuracy.acc1, acc5=accuracy.acc5, epoch=epochs_done(self.trainer))
+            self.folder / BEST[name], module, acc1=accuracy.acc1, acc5=accuracy.acc5, epoch=epochs_done(self.trainer),
+            **prediction_metadata(self.trainer))
 
 # %% ../nbs/43_hooks.ipynb #2ac0ced8
 class PlotHook(BaseHook):

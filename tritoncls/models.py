@@ -22,10 +22,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .config import Config
-from .ema import bare
 from .optimizers import classifier, few, regex
 from .registry import lookup, registers
-from .runtime import UserError
+from .runtime import UserError, bare
 
 # %% ../nbs/32_models.ipynb #ffec2c89
 def conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Sequential:

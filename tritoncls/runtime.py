@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INTERPRETER', 'BACKENDS', 'UserError', 'switch_to_interpreter', 'resolve_backend', 'launching', 'pick_device',
-           'values_are_checked', 'checked', 'seed_everything', 'generator']
+           'values_are_checked', 'checked', 'seed_everything', 'generator', 'unwrapped', 'bare']
 
 # %% ../nbs/00_runtime.ipynb #3cf9c309
 import os
@@ -97,3 +97,20 @@ def generator(
 ) -> torch.Generator:     # on the CPU
     "A generator whose numbers depend on the key alone."
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+# %% ../nbs/00_runtime.ipynb #36a8c20d
+def unwrapped(
+    model: torch.nn.Module,  # perhaps inside of DistributedDataParallel or torch.compile
+) -> torch.nn.Module:
+    "The model itself."
+    while isinstance(model, torch.nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+def bare(
+    name: str,  # of a parameter, a buffer or a module
+) -> str:
+    "A name without what wrappers put into it."
+    while name.startswith(("module.", "_orig_mod.")): name = name.split(".", 1)[1]
+    return name.replace("._orig_mod.", ".")
