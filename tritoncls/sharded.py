@@ -6,7 +6,7 @@
 __all__ = ['Path_', 'META', 'replaced', 'key_of', 'tensors_of', 'without_numbers', 'is_spread', 'saving_group', 'remove',
            'give_names', 'reason', 'save_sharded', 'on_host', 'read_sharded']
 
-# %% ../nbs/35_sharded.ipynb #47bb318c
+# %% ../nbs/35_sharded.ipynb #3fdc6305
 import os
 import shutil
 import warnings
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from .distributed import rank
 from .runtime import UserError
 
-# %% ../nbs/35_sharded.ipynb #9728042e
+# %% ../nbs/35_sharded.ipynb #9411f5ac
 Path_ = tuple[str | int, ...]  # keys from the outside to the inside
 META = torch.device("meta")
 
@@ -55,7 +55,7 @@ def is_spread(state: Any) -> bool:
     "Whether some tensor of a state is spread over processes."
     return any(hasattr(tensor, "_local_tensor") for tensor in tensors_of(state).values())
 
-# %% ../nbs/35_sharded.ipynb #fcf124e5
+# %% ../nbs/35_sharded.ipynb #963c4ce4
 _group: dict[Any, Any] = {}  # of the training's group: the one that saves
 
 
@@ -129,22 +129,21 @@ def save_sharded(
     pool.shutdown(wait=False)
     return done
 
-# %% ../nbs/35_sharded.ipynb #d0c5ba10
+# %% ../nbs/35_sharded.ipynb #70fa68b1
 def on_host(_: Path_, tensor: torch.Tensor) -> torch.Tensor: return torch.empty_like(tensor, device="cpu")
 
 
 def read_sharded(
-    folder: Path,                                                      # from `save_sharded`
-    place: Callable[[Path_, torch.Tensor], torch.Tensor] = on_host,    # path and a tensor without numbers to one to be filled
-    only: Callable[[Path_], bool] = lambda path: True,                 # which paths to read; the others stay without numbers
-) -> dict[str, Any]:
+    folder: Path,                                                     # from `save_sharded`
+    place: Callable[[Path_, torch.Tensor], torch.Tensor] = on_host,   # path and a tensor without numbers to one to be filled;
+) -> dict[str, Any]:                                                  # what `place` leaves without numbers is not read
     "The nested state; with several processes, all call it."
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         plain = torch.load(folder / "state.pt", weights_only=True)
-        state = replaced(plain, lambda path, tensor: place(path, tensor) if only(path) else tensor)
+        state = replaced(plain, place)
         wanted = {key: tensor for key, tensor in tensors_of(state).items() if not tensor.is_meta}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
