@@ -25,9 +25,21 @@ from torch import nn
 from tritoncls.hooks import BaseHook, default_hooks
 from tritoncls.registry import registers
 
-def net(num_classes, dropout=0.0):
-    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Sequential(nn.Flatten(), nn.Dropout(dropout)),
-                         nn.ModuleList([nn.Identity()])[0], nn.Linear(512, 24), nn.GELU(), nn.Linear(24, num_classes))
+class Block(nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(24, 24), nn.Dropout(dropout)
+    def forward(self, x): return x + self.dropout(self.linear(x).relu())
+
+class Net(nn.Module):
+    def __init__(self, num_classes, dropout=0.0):
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(1, 3, 3, 2, 1), nn.Sequential(Block(dropout), Block(dropout))
+        self.flat, self.head = nn.Linear(48, 24), nn.Linear(24, num_classes)
+        self.double()  # so that what is left is not rounding
+    def forward(self, x):
+        x = self.stem(x.to(self.stem.weight.dtype)).relu().flatten(1)
+        return self.head(self.blocks(self.flat(x)))
 
 class Saboteur(BaseHook):
     def before_iter(self):
@@ -40,9 +52,8 @@ class Saboteur(BaseHook):
 def sabotaged(cfg, test_loader, resume=False): return [*default_hooks(cfg, test_loader, resume), Saboteur()]
 """
 
-QUICK = ["model.name=parts:net", "model.args={}", "device=cpu", "batch_size=64", "solver.max_epoch=2", "solver.warmup_epochs=1",
+QUICK = ["model.name=parts:Net", "model.args={}", "device=cpu", "batch_size=64", "solver.max_epoch=2", "solver.warmup_epochs=1",
          "model_ema.start_epoch=1"]
-WIDTH = {"widths": "model.args.widths=[8]"}
 
 
 def leftovers(token: str) -> list[str]:
@@ -64,8 +75,8 @@ def launch(folder: Path, processes: int, *program: str, torchrun: tuple = (), li
     ended = None
     try:
         ended = subprocess.run(
-            [sys.executable, *many, *program], cwd=folder, capture_output=True, text=True, timeout=limit,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "TOKEN": token, **env})
+            [sys.executable, *many, *program], cwd=folder, capture_output=True, text=True, timeout=limit, env={
+                **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "TOKEN": token, **env})
     finally:
         end = time.monotonic() + 10
         while (left := leftovers(token)) and ended and time.monotonic() < end: time.sleep(0.2)
@@ -99,9 +110,7 @@ STEPS = """
 import sys, torch
 from tritoncls import cli
 from tritoncls.config import load_config, override
-from tritoncls.distributed import process_group, rank, whole, world_size
-from tritoncls.runtime import local_tensor if False else None
-""".replace("from tritoncls.runtime import local_tensor if False else None\n", "") + """
+from tritoncls.distributed import process_group, rank, whole
 base = load_config(overrides=sys.argv[2:])
 
 def steps(cfg, name):
@@ -122,9 +131,9 @@ def steps(cfg, name):
     torch.save(state, f"{sys.argv[1]}/{name}-{rank()}.pt")
 
 with process_group(base):
-    if world_size() == 1: steps(base, "one")
-    else:
-        for strategy in ("ddp", "fsdp"): steps(override(base, f"distributed.strategy={strategy}"), strategy)
+    for strategy in ("ddp", "fsdp"): steps(override(base, f"distributed.strategy={strategy}"), strategy)
+    leads = rank() == 0
+if leads: steps(override(base, "batch_size=96", "solver.basic_lr=0.4"), "one")
 """
 
 
@@ -134,9 +143,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     (tmp_path / "steps.py").write_text(STEPS)
     keys = [*QUICK, "solver.max_epoch=1", "solver.accumulation_steps=2", "output_dir=run", "model_ema.start_epoch=0",
             "solver.grad_clip.name=norm", "solver.grad_clip.max_norm=1.0"]
-    two = launch(tmp_path, 2, "steps.py", ".", *keys, "batch_size=48")
-    one = launch(tmp_path, 0, "steps.py", ".", *keys, "batch_size=96", "solver.basic_lr=0.4")
-    assert two.returncode == one.returncode == 0, two.stderr + one.stderr
+    ended = launch(tmp_path, 2, "steps.py", ".", *keys, "batch_size=48")
+    assert ended.returncode == 0, ended.stderr
     want = torch.load(tmp_path / "one-0.pt")
     assert len(want["indices"]) == 14 and len(want["gradients"]) == 7 and want["lr"] == 0.4
     for strategy in ("ddp", "fsdp"):
@@ -144,7 +152,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         joined = [sorted(a + b) for a, b in zip(first["indices"], second["indices"], strict=True)]
         assert joined == [sorted(batch) for batch in want["indices"]] and first["lr"] == 0.4
         for step, gradient in enumerate(want["gradients"]):
-            assert_close(first["gradients"][step], gradient, 1e-6 if step == 0 else 5e-6)
+            assert_close(first["gradients"][step], gradient)
         for part in ("model", "ema"):
             assert_close(first[part], want[part])
             assert all(torch.equal(first[part][name], second[part][name]) for name in want[part])
@@ -206,7 +214,6 @@ def test_resume_with_two_then_one_then_four_processes(strategy, tmp_path):
     scaled = lambda world: [f"batch_size={64 // world}", f"solver.basic_lr={0.2 / world}"]
     plain = [*QUICK, "solver.max_epoch=3", "model_ema.start_epoch=1"]
     trained(tmp_path, 0, *plain, *scaled(1), "output_dir=straight")
-    short = lambda epochs: ["imports=[stop]", "hooks_name=Stops", f"model_ema.schedule_args={{stop: {epochs}}}"]  # noqa: F841
     (tmp_path / "stop.py").write_text("""
 import os
 from tritoncls.hooks import BaseHook, default_hooks
@@ -244,13 +251,15 @@ def test_sharded_training_equals_data_parallel_with_batch_norm(tmp_path):
     "A residual network: weights, average, buffers and accuracies; the precise statistics of both; each test image once."
     keys = ["model.args.widths=[8,16]", "device=cpu", "batch_size=64", "solver.max_epoch=2", "solver.warmup_epochs=1",
             "model_ema.start_epoch=1", "save_every_n_epoch=1", "bn.precise_every_n_epoch=2", "bn.num_samples_precise=256"]
-    for strategy in ("ddp", "fsdp"): trained(tmp_path, 2, *keys, f"distributed.strategy={strategy}", f"output_dir={strategy}")
+    for strategy in ("ddp", "fsdp"):
+        trained(tmp_path, 2, *keys, f"distributed.strategy={strategy}", f"output_dir={strategy}")
     for name in ("dumped_model.safetensors", "dumped_ema_model.safetensors"):
         assert_close(*(load_file(tmp_path / strategy / name) for strategy in ("fsdp", "ddp")), rtol=1e-4)
     files = {path.name for path in (tmp_path / "fsdp").iterdir()}
     assert {"latest.pt", "latest.previous.pt", "epoch1.pt", "epoch2.pt", "best_model.safetensors"} <= files
     assert not [name for name in files if name.endswith(".tmp")]
-    assert [read_checkpoint(tmp_path / "fsdp" / f"{name}.pt")["epoch"] for name in ("latest.previous", "epoch1", "latest")] == [1, 1, 2]
+    names = ("latest.previous", "epoch1", "latest", "epoch2")
+    assert [read_checkpoint(tmp_path / f"fsdp/{name}.pt")["epoch"] for name in names] == [1, 1, 2, 2]
     for name, tensor in read_checkpoint(tmp_path / "fsdp/latest.pt")["model"].items():
         want = read_checkpoint(tmp_path / "ddp/latest.pt")["model"][name]
         assert tensor.shape == want.shape and tensor.dtype == want.dtype
@@ -284,7 +293,8 @@ with process_group(load_config(overrides=["device=cpu"])):
         optimizers[0].zero_grad()
         ema.update()
     step()
-    full = lambda module: {n: t.full_tensor().clone() if isinstance(t, DTensor) else t.clone() for n, t in module.state_dict().items()}
+    one = lambda t: t.full_tensor().clone() if isinstance(t, DTensor) else t.clone()
+    full = lambda module: {n: one(t) for n, t in module.state_dict().items()}
     before = {"model": full(model), "ema": full(ema.module)}
     paths = [(Path("latest.pt"), Path("latest.previous.pt"))]
     saving = save_sharded(paths, {"model": model.state_dict(), "ema": ema.module.state_dict()})

@@ -272,7 +272,7 @@ class AmpConfig(Section):
 
 class DistributedConfig(Section):
     strategy: Literal["ddp", "fsdp"] = key("ddp", "torchrun: a process has the whole model, or a share of it")
-    backend: Literal["auto", "gloo", "nccl"] = key("auto", "what moves tensors between processes; auto: NCCL on GPUs, else gloo")
+    backend: Literal["auto", "gloo", "nccl"] = key("auto", "what moves tensors; auto: NCCL between GPUs, else gloo")
     sync_bn: bool = key(False, "batch norms take the statistics of all processes' images")
     timeout: Finite = key(600.0, "seconds that a process waits for the others before it gives up", gt=0)
 

@@ -6,7 +6,7 @@
 __all__ = ['launched', 'rank', 'world_size', 'restarts', 'recorded', 'own_device', 'group_backend', 'process_group', 'from_first',
            'sync_buffers', 'with_synced_norms', 'blocks', 'shard', 'is_sharded', 'whole', 'parallel']
 
-# %% ../nbs/34_distributed.ipynb #c4efd55c
+# %% ../nbs/34_distributed.ipynb #2b40eff4
 import copy
 import os
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ from .ema import local, places
 from .optimizers import LISTS
 from .runtime import UserError, unwrapped
 
-# %% ../nbs/34_distributed.ipynb #ff34b734
+# %% ../nbs/34_distributed.ipynb #6e1df34c
 def launched() -> bool: return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -60,7 +60,7 @@ def own_device(
     if index >= count: raise UserError(f"process {index} of this machine has no GPU: there are {count}; lower --nproc-per-node")
     return f"cuda:{index}"
 
-# %% ../nbs/34_distributed.ipynb #061636e3
+# %% ../nbs/34_distributed.ipynb #ed3508ce
 def group_backend(cfg: Config) -> str:
     "What torch.distributed should use: gloo, with NCCL for tensors on GPUs."
     on_gpu, wanted = own_device(cfg.device).startswith("cuda"), cfg.distributed.backend
@@ -92,7 +92,7 @@ def from_first(
     dist.broadcast_object_list(values)
     return values[0]
 
-# %% ../nbs/34_distributed.ipynb #346d9db1
+# %% ../nbs/34_distributed.ipynb #e2f59db4
 @torch.no_grad()
 def sync_buffers(
     *modules: nn.Module,  # changed in place
@@ -125,18 +125,19 @@ def with_synced_norms(
                             "called SyncBatchNorm; add that name to the rule")
     return convert_sync_batchnorm(model)
 
-# %% ../nbs/34_distributed.ipynb #5024ad78
+# %% ../nbs/34_distributed.ipynb #5be090d1
 def blocks(
     model: nn.Module,
 ) -> list[nn.Module]:
     "The parts of a model that repeat: the innermost elements of its lists that have parts and parameters."
     composed = lambda part: all(next(inside, None) is not None for inside in (part.children(), part.parameters()))
-    found = [part for box in model.modules() if type(box) in LISTS for part in box if type(part) not in LISTS and composed(part)]
+    lists = [box for box in model.modules() if type(box) in LISTS]
+    found = [part for box in lists for part in box if type(part) not in LISTS and composed(part)]
     inner = {id(part): part for part in found}
     holds_another = lambda part: any(id(p) in inner and p is not part for p in part.modules())
     return [part for part in inner.values() if not holds_another(part)]
 
-# %% ../nbs/34_distributed.ipynb #fbea6a43
+# %% ../nbs/34_distributed.ipynb #a2c42df2
 _structures: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # sharded model -> what it was, on the meta device
 
 
@@ -199,7 +200,7 @@ def whole(
     for part, original in zip(twin.modules(), module.modules(), strict=True): part.training = original.training
     return twin
 
-# %% ../nbs/34_distributed.ipynb #4b93c5d1
+# %% ../nbs/34_distributed.ipynb #a58cc580
 def parallel(
     model: nn.Module,   # on its device
     cfg: Config,        # section distributed
