@@ -221,7 +221,7 @@ def load_parts(trainer: ClsTrainer, state: dict[str, Any]) -> None:
         kept["steps"] = round(kept["steps"] * steps_each(trainer) / state["steps_per_epoch"])
     trainer.ema.load_state_dict(kept)
 
-# %% ../nbs/41_checkpoint.ipynb #5719be43
+# %% ../nbs/41_checkpoint.ipynb #e5c29709
 def own_tensor(
     trainer: ClsTrainer,
 ) -> Callable[[Path_], torch.Tensor | None]:
@@ -316,7 +316,7 @@ def weights_metadata(
     except safetensors.SafetensorError as error: raise UserError(f"the weights {path} are damaged: {error}") from error
     return json.loads(header.get("tritoncls", "{}"))
 
-# %% ../nbs/41_checkpoint.ipynb #06575bc5
+# %% ../nbs/41_checkpoint.ipynb #98ad9356
 def merge_weights(
     checkpoint: Path,    # a file, or the folder of a sharded one
     file: Path,          # ends in .safetensors
