@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Overrides', 'ConfigFile', 'Weights', 'WeightsConfig', 'can_resume', 'latest_run', 'choose_folder',
-           'open_folder', 'run_config', 'import_modules', 'build_trainer', 'run', 'choices', 'key_table',
-           'CommandWithKeys', 'train', 'test', 'predict_command', 'test_weights', 'accuracy_line', 'per_class_table',
-           'draw_confusion', 'main']
+           'open_folder', 'run_config', 'was_restarted', 'import_modules', 'build_trainer', 'run', 'choices',
+           'key_table', 'CommandWithKeys', 'train', 'test', 'predict_command', 'test_weights', 'accuracy_line',
+           'per_class_table', 'draw_confusion', 'weights_command', 'main']
 
 # %% ../nbs/50_cli.ipynb #c0dc1c5a
 import os
@@ -24,9 +24,10 @@ import yaml
 from typer.core import TyperCommand
 
 from .augment import Preprocess
-from .checkpoint import previous, write_text
+from .checkpoint import merge_weights, previous, write_text
 from .config import Config, Section, dotted_keys, dump_yaml, load_config
 from .data import build_dataloaders
+from .distributed import from_first, own_device, parallel, process_group, rank, recorded, restarts, world_size
 from .evaluate import Accuracy, evaluate, per_class_accuracy, plot_confusion
 from .hooks import CONFIG, LATEST, LOG, output_folder
 from .models import build_model, check_fits
@@ -39,7 +40,7 @@ from .trainer import BaseTrainer
 # %% ../nbs/50_cli.ipynb #25afcc5e
 def can_resume(folder: Path) -> bool:
     "Whether there is a checkpoint to go on from, be it the one before the latest."
-    return any(path.is_file() for path in (folder / LATEST, previous(folder / LATEST)))
+    return any(path.exists() for path in (folder / LATEST, previous(folder / LATEST)))
 
 
 def latest_run(
@@ -87,6 +88,15 @@ def run_config(
     if not (resume and file is None and started_with.is_file()): return cfg
     return load_config(started_with, overrides).model_copy(update={"output_dir": cfg.output_dir})
 
+# %% ../nbs/50_cli.ipynb #0a95e049
+def was_restarted(
+    cfg: Config,   # as it was asked for
+) -> bool:
+    "Whether torchrun has started this again after a failure, and there is a checkpoint to go on from."
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and cfg.output_dir is None:
+        raise UserError("torchrun --max-restarts: set output_dir=..., so that a restarted run finds its folder")
+    return restarts() > 0 and can_resume(Path(cfg.output_dir))
+
 # %% ../nbs/50_cli.ipynb #a4810dee
 def import_modules(
     names: Iterable[str],  # dotted, as after `import`
@@ -108,12 +118,14 @@ def build_trainer(
     "Seed everything and put the parts of a run together."
     import_modules(cfg.imports)
     seed_everything(cfg.seed)
-    device = pick_device(cfg.device)
+    device = pick_device(own_device(cfg.device))
     trainer, hooks = registers.trainers.get(cfg.trainer_name), registers.hooks.get(cfg.hooks_name)
-    train_loader, test_loader = build_dataloaders(cfg)
+    train_loader, test_loader = build_dataloaders(cfg, rank=rank(), world_size=world_size())
     model = build_model(cfg.model_copy(update={"weights": None}) if resume else cfg).to(device)
     check_fits(model, cfg)
-    return trainer(cfg, model, train_loader, build_solver(cfg, model), hooks(cfg, test_loader, resume))
+    model = parallel(model, cfg)
+    solver, shares = build_solver(cfg, model, world_size=world_size()), dict(rank=rank(), world_size=world_size())
+    return trainer(cfg, model, train_loader, solver, hooks(cfg, test_loader, resume), **(shares if world_size() > 1 else {}))
 
 
 def run(
@@ -122,7 +134,7 @@ def run(
 ) -> BaseTrainer:            # after training
     "Train from a configuration."
     trainer = build_trainer(cfg, resume)
-    open_folder(cfg)
+    if rank() == 0: open_folder(cfg)
     trainer.train()
     return trainer
 
@@ -170,7 +182,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint.")] = False,
 ) -> None:
     "Train a classifier. Without -f: a small one, on scanned digits."
-    run(run_config(file, resume, overrides or []), resume)
+    resume = resume or was_restarted(load_config(file, overrides or []))
+    cfg = run_config(file, resume, overrides or [])
+    with process_group(cfg): run(from_first(cfg), resume)
 
 # %% ../nbs/50_cli.ipynb #454fc8ff
 @app.command()
@@ -187,7 +201,9 @@ def test(
     cfg = weights_config(weights, file, overrides or [])
     classes = class_names(weights, cfg.num_classes)
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64) if per_class or picture else None
-    print(accuracy_line(test_weights(cfg, weights, counts)))
+    with process_group(cfg): accuracy = test_weights(cfg, weights, counts)
+    if os.environ.get("RANK", "0") != "0": return
+    print(accuracy_line(accuracy))
     if per_class: print("\n".join(per_class_table(counts, classes)))
     if picture: draw_confusion(picture, counts, classes)
 
@@ -218,10 +234,11 @@ def test_weights(
 ) -> Accuracy:
     "Evaluate weights on the test data that the configuration names."
     import_modules(cfg.imports)
-    device = pick_device(cfg.device)
+    device = pick_device(own_device(cfg.device))
     model, preprocess = load_model(cfg, weights, device), Preprocess(cfg).to(device)
     counts = None if confusion is None else confusion.to(device)
-    accuracy = evaluate(model, build_dataloaders(cfg)[1], preprocess, confusion=counts, backend=cfg.backend)
+    loader = build_dataloaders(cfg, rank=rank(), world_size=world_size())[1]
+    accuracy = evaluate(model, loader, preprocess, confusion=counts, backend=cfg.backend)
     if confusion is not None: confusion.copy_(counts)
     return accuracy
 
@@ -244,10 +261,21 @@ def draw_confusion(path: Path, counts: torch.Tensor, classes: tuple[str, ...]) -
     try: write_text(path, svg(plot_confusion(counts, classes)))
     except OSError as error: raise UserError(f"--confusion: {error}") from None
 
+# %% ../nbs/50_cli.ipynb #0b1a03b9
+@app.command(name="weights")
+def weights_command(
+    checkpoint: Annotated[Path, typer.Argument(help="latest.pt: a file, or the folder that many processes have written.")],
+    file: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    ema: Annotated[bool, typer.Option("--ema", help="The average's weights instead of the model's.")] = False,
+) -> None:
+    "Write the weights of a checkpoint into one file."
+    merge_weights(checkpoint, file, ema=ema)
+    print(file)
+
 # %% ../nbs/50_cli.ipynb #47e71dd8
 def main() -> None:
     "The program: a mistake of the user's is one line and exit code 2."
-    try: app()
+    try: recorded(app)()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,8 +6,9 @@
 __all__ = ['Finite', 'ListAsTuple', 'Floats', 'Ints', 'Strings', 'Betas', 'Range', 'WeightDecay', 'Epochs', 'SCALARS', 'Section',
            'key', 'DataConfig', 'PreprocessConfig', 'TestConfig', 'ResizeConfig', 'ColorAugConfig', 'AffineConfig',
            'RandAugConfig', 'RandEraseConfig', 'MixupConfig', 'AugmentsConfig', 'ModelConfig', 'LossConfig', 'BnConfig',
-           'GradClipConfig', 'SolverConfig', 'ModelEmaConfig', 'AmpConfig', 'Config', 'PlainLoader', 'read_yaml',
-           'dotted_keys', 'nearest_key', 'explain', 'make_config', 'assign', 'load_config', 'override', 'dump_yaml']
+           'GradClipConfig', 'SolverConfig', 'ModelEmaConfig', 'AmpConfig', 'DistributedConfig', 'Config',
+           'PlainLoader', 'read_yaml', 'dotted_keys', 'nearest_key', 'explain', 'make_config', 'assign', 'load_config',
+           'override', 'dump_yaml']
 
 # %% ../nbs/01_config.ipynb #ee3d0c48
 import difflib
@@ -268,6 +269,13 @@ class AmpConfig(Section):
     dtype: Literal["bfloat16", "float16"] = key("bfloat16", "autocast's 16-bit type; float16 scales the loss")
     dynamic_scale: bool = key(False, "float16: adapt the loss scale (from 65536) instead of keeping it at 128")
 
+
+class DistributedConfig(Section):
+    strategy: Literal["ddp", "fsdp"] = key("ddp", "torchrun: a process has the whole model, or a share of it")
+    backend: Literal["auto", "gloo", "nccl"] = key("auto", "what moves tensors; auto: NCCL between GPUs, else gloo")
+    sync_bn: bool = key(False, "batch norms take the statistics of all processes' images")
+    timeout: Finite = key(600.0, "seconds that a process waits for the others before it gives up", gt=0)
+
 # %% ../nbs/01_config.ipynb #3e0e437d
 class Config(Section):
     "Every key of a run."
@@ -295,6 +303,7 @@ class Config(Section):
     solver: SolverConfig = SolverConfig()
     model_ema: ModelEmaConfig = ModelEmaConfig()
     amp: AmpConfig = AmpConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
 # %% ../nbs/01_config.ipynb #51dac82c
 class PlainLoader(yaml.SafeLoader):

@@ -17,14 +17,17 @@ import torch
 from torch import nn
 
 from .checkpoint import (
-    load_checkpoint, prediction_metadata, restore, save_checkpoint, save_weights, trainer_state, weights_metadata, write_text)
+    load_checkpoint, prediction_metadata, previous, restore, save_checkpoint, save_weights, share_place, trainer_state,
+    weights_metadata, write_text)
 from .config import Config
+from .distributed import is_sharded, whole
 from .evaluate import Accuracy, evaluate
 from .logs import (
     CONFIG, LATEST, LOG, SUMMARY, BaseHook, LoggerHook, TensorboardHook, epochs_done, output_folder, read_log)
 from .precise_bn import precise_batch_norm
 from .registry import registers
 from .schedules import lr_schedule, plot_momentum
+from .sharded import save_sharded
 
 _all_ = [CONFIG, LATEST, LOG, SUMMARY, BaseHook, LoggerHook, TensorboardHook, epochs_done, output_folder, read_log]
 
@@ -73,30 +76,41 @@ class ResumeHook(BaseHook):
     def __init__(self, cfg: Config): self.path = output_folder(cfg) / LATEST
 
     def before_train(self) -> None:
-        restore(self.trainer, load_checkpoint(self.path, self.trainer.device))
+        restore(self.trainer, load_checkpoint(self.path, self.trainer.device, share_place(self.trainer)))
 
 
 class CheckpointHook(BaseHook):
     "Saves the run after every epoch, a copy to keep now and then, and the weights at the end."
-    def __init__(self, cfg: Config): self.folder, self.every = output_folder(cfg), cfg.save_every_n_epoch
+    def __init__(self, cfg: Config): self.folder, self.every, self.saving = output_folder(cfg), cfg.save_every_n_epoch, None
 
     def before_train(self) -> None:
-        if self.trainer.progress.epoch == 1: self.save(LATEST, epoch=0)
+        if self.trainer.progress.epoch == 1: self.save([LATEST], epoch=0)
 
     def after_epoch(self) -> None:
         epoch = self.trainer.progress.epoch
-        self.save(LATEST, epoch)
-        if epoch % self.every == 0: self.save(f"epoch{epoch}.pt", epoch)
+        self.save([LATEST] if epoch % self.every else [LATEST, f"epoch{epoch}.pt"], epoch)
 
     def after_train(self) -> None:
-        if not self.leads: return
-        about = prediction_metadata(self.trainer)
-        save_weights(self.folder / "dumped_model.safetensors", self.trainer.model, **about)
-        if self.trainer.ema: save_weights(self.folder / "dumped_ema_model.safetensors", self.trainer.ema.module, **about)
+        self.wait()
+        self.dump("dumped_model.safetensors", self.trainer.model)
+        if self.trainer.ema: self.dump("dumped_ema_model.safetensors", self.trainer.ema.module)
 
-    def save(self, name: str, epoch: int) -> None:
-        state = trainer_state(self.trainer, epoch)  # by all processes: it may collect from them
-        if self.leads: save_checkpoint(self.folder / name, state)
+    def dump(self, name: str, module: nn.Module) -> None:
+        module = whole(module)
+        if self.leads: save_weights(self.folder / name, module, **prediction_metadata(self.trainer))
+
+    def save(self, names: list[str], epoch: int) -> None:
+        self.wait()
+        state, paths = trainer_state(self.trainer, epoch), [self.folder / name for name in names]  # by all processes
+        if is_sharded(self.trainer.model):
+            self.saving = save_sharded([(path, previous(path)) for path in paths], state)
+        elif self.leads:
+            for path in paths: save_checkpoint(path, state)
+
+    def wait(self) -> None:
+        "Until what is saved in the background is complete."
+        if self.saving: self.saving.result()
+        self.saving = None
 
 # %% ../nbs/43_hooks.ipynb #9d8d9253
 BEST = {"model": "best_model.safetensors", "ema": "best_ema_model.safetensors"}
@@ -125,10 +139,11 @@ class EvalHook(BaseHook):
 
     def evaluate(self) -> None:
         t = self.trainer
-        modules = {"model": t.model} | ({"ema": t.ema.module} if t.ema else {})
-        t.results = {name: evaluate(module, self.dataloader, t.preprocess, backend=self.cfg.backend)
-                     for name, module in modules.items()}
-        for name, module in modules.items(): self.keep_if_best(name, module, t.results[name])
+        t.results = {}
+        for name, module in ({"model": t.model} | ({"ema": t.ema.module} if t.ema else {})).items():
+            module = whole(module)  # one after the other: of sharded parameters it is a copy
+            t.results[name] = evaluate(module, self.dataloader, t.preprocess, backend=self.cfg.backend)
+            self.keep_if_best(name, module, t.results[name])
         t.announce("after_eval")
 
     def keep_if_best(self, name: str, module: nn.Module, accuracy: Accuracy) -> None:

@@ -18,13 +18,14 @@ from torch import nn
 
 from .augment import Preprocess
 from .config import Config
+from .distributed import sync_buffers
 from .ema import ModelEma
 from .kernels.rows import Target
 from .losses import build_loss, topk_correct
 from .meters import MeterBuffer
 from .models import train_mode
 from .registry import registers
-from .runtime import UserError
+from .runtime import UserError, generator
 from .schedules import momentum_schedule, pycls_momentum
 from .solver import Solver
 
@@ -179,10 +180,13 @@ class ClsTrainer(BaseTrainer):
         self._epoch_began = time.perf_counter()
         self._batches = iter(self.dataloader)
         train_mode(self.model)
+        if self.rank:  # dropout of its own
+            torch.manual_seed(generator(self.cfg.seed, self.progress.epoch, self.rank).initial_seed())
 
     def after_epoch(self) -> None:
         self._batches = None
         self.seconds += time.perf_counter() - self._epoch_began
+        sync_buffers(self.model, *([self.ema.module] if self.ema else []))
         super().after_epoch()
 
     def train_one_iter(self) -> None:
