@@ -28,12 +28,14 @@ from .checkpoint import previous, write_text
 from .config import Config, Section, dotted_keys, dump_yaml, load_config
 from .data import build_dataloaders
 from .evaluate import Accuracy, evaluate, per_class_accuracy, plot_confusion
+from .faults import FAILED, MISTAKE, failure_line, interruptible, watched
 from .hooks import CONFIG, LATEST, LOG, output_folder
 from .models import build_model
 from .predict import class_names, load_model, predict, weights_config
 from .registry import registers
 from .runtime import UserError, pick_device, seed_everything
 from .solver import build_solver
+from .trace import check_trace, traced
 from .trainer import BaseTrainer
 
 # %% ../nbs/50_cli.ipynb #25afcc5e
@@ -109,10 +111,12 @@ def build_trainer(
     import_modules(cfg.imports)
     seed_everything(cfg.seed)
     device = pick_device(cfg.device)
+    check_trace(cfg, device)
     trainer, hooks = registers.trainers.get(cfg.trainer_name), registers.hooks.get(cfg.hooks_name)
     train_loader, test_loader = build_dataloaders(cfg)
     model = build_model(cfg).to(device)
-    return trainer(cfg, model, train_loader, build_solver(cfg, model), hooks(cfg, test_loader, resume))
+    trainer = trainer(cfg, model, train_loader, build_solver(cfg, model), watched(cfg, hooks(cfg, test_loader, resume)))
+    return traced(trainer)
 
 
 def run(
@@ -169,7 +173,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint.")] = False,
 ) -> None:
     "Train a classifier. Without -f: a small one, on scanned digits."
-    run(run_config(file, resume, overrides or []), resume)
+    cfg = run_config(file, resume, overrides or [])
+    with interruptible(output_folder(cfg)): run(cfg, resume)
 
 
 @app.command()
@@ -245,11 +250,13 @@ def draw_confusion(path: Path, counts: torch.Tensor, classes: tuple[str, ...]) -
 
 # %% ../nbs/50_cli.ipynb #47e71dd8
 def main() -> None:
-    "The program: a mistake of the user's is one line and exit code 2."
+    "The program: what the user can act upon is one line, anything else a traceback."
     try: app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except Exception as error:
+        line = failure_line(error)
+        if line is None: raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(MISTAKE if isinstance(error, UserError) else FAILED)
 
 # %% ../nbs/50_cli.ipynb #8c9a9bb3
 #| eval: false
