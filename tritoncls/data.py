@@ -187,11 +187,10 @@ class Loader:
         "The epoch without its first batches; their images are not read."
         self._turn += 1
         self.keys.done = done
-        try: return self._read(iter(self._loader), self._turn)
+        try: return self._read(iter(self._loader), self._turn, found=done == len(self))
         finally: self.keys.done = 0
 
-    def _read(self, batches, turn):
-        found = False
+    def _read(self, batches, turn, found):
         for batch in batches:
             if turn != self._turn: raise RuntimeError("a new iteration of this loader has begun; this one cannot go on")
             if batch.mistake: raise batch.mistake
