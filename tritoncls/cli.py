@@ -29,12 +29,14 @@ from .config import Config, Section, dotted_keys, dump_yaml, load_config
 from .data import build_dataloaders
 from .distributed import from_first, own_device, parallel, process_group, rank, recorded, restarts, world_size
 from .evaluate import Accuracy, evaluate, per_class_accuracy, plot_confusion
+from .faults import FAILED, MISTAKE, failure_line, interruptible, watched
 from .hooks import CONFIG, LATEST, LOG, output_folder
 from .models import build_model, check_fits
 from .predict import class_names, load_model, predict, weights_config
 from .registry import registers
 from .runtime import UserError, pick_device, seed_everything
 from .solver import build_solver
+from .trace import check_trace, traced
 from .trainer import BaseTrainer
 
 # %% ../nbs/50_cli.ipynb #25afcc5e
@@ -119,13 +121,15 @@ def build_trainer(
     import_modules(cfg.imports)
     seed_everything(cfg.seed)
     device = pick_device(own_device(cfg.device))
+    check_trace(cfg, device)
     trainer, hooks = registers.trainers.get(cfg.trainer_name), registers.hooks.get(cfg.hooks_name)
     train_loader, test_loader = build_dataloaders(cfg, rank=rank(), world_size=world_size())
     model = build_model(cfg.model_copy(update={"weights": None}) if resume else cfg).to(device)
     check_fits(model, cfg)
     model = parallel(model, cfg)
     solver, shares = build_solver(cfg, model, world_size=world_size()), dict(rank=rank(), world_size=world_size())
-    return trainer(cfg, model, train_loader, solver, hooks(cfg, test_loader, resume), **(shares if world_size() > 1 else {}))
+    listening = watched(cfg, hooks(cfg, test_loader, resume))
+    return traced(trainer(cfg, model, train_loader, solver, listening, **(shares if world_size() > 1 else {})))
 
 
 def run(
@@ -184,7 +188,9 @@ def train(
     "Train a classifier. Without -f: a small one, on scanned digits."
     resume = resume or was_restarted(load_config(file, overrides or []))
     cfg = run_config(file, resume, overrides or [])
-    with process_group(cfg): run(from_first(cfg), resume)
+    with process_group(cfg):
+        cfg = from_first(cfg)
+        with interruptible(output_folder(cfg)): run(cfg, resume)
 
 # %% ../nbs/50_cli.ipynb #454fc8ff
 @app.command()
@@ -274,11 +280,13 @@ def weights_command(
 
 # %% ../nbs/50_cli.ipynb #47e71dd8
 def main() -> None:
-    "The program: a mistake of the user's is one line and exit code 2."
+    "The program: what the user can act upon is one line, anything else a traceback."
     try: recorded(app)()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except Exception as error:
+        line = failure_line(error)
+        if line is None: raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(MISTAKE if isinstance(error, UserError) else FAILED)
 
 # %% ../nbs/50_cli.ipynb #8c9a9bb3
 #| eval: false

@@ -286,6 +286,9 @@ class Config(Section):
     output_dir: str | None = key(None, "folder of the run; by default a new one, outputs/<data>/<date>-<time>")
     device: str = key("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     backend: Literal["auto", "triton", "torch"] = key("auto", "auto: Triton kernels on a GPU, PyTorch on a CPU")
+    trace: Literal["off", "compile", "graph"] = key("off", "compile: model and loss through torch.compile; graph: replay whole "
+                                                           "iterations as CUDA graphs")
+    max_nan_iters: int = key(10, "iterations in a row without a finite loss that end the run; 0: any number may pass", ge=0)
     seed: int = key(42, "seeds Python, NumPy, PyTorch and the data order", ge=0, lt=2**32)
     batch_size: int = key(32, "images per device and micro-batch", ge=1)
     num_classes: int = key(1000, "classes C", ge=1)

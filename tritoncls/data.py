@@ -40,6 +40,7 @@ class Keys:
     rank: int = 0         # r, this process
     world_size: int = 1   # W, processes that share the data set
     epoch: int = 1        # from 1
+    done: int = 0         # batches at the beginning of the epoch to leave out
 
     def __post_init__(self):
         needed, kind = (self.batch_size * self.world_size, "training") if self.train else (1, "test")
@@ -65,7 +66,7 @@ class Keys:
         order = torch.randperm(self.n, generator=gen) if self.train else torch.arange(self.n)
         mine = order[:self.used][self.rank::self.world_size]
         keys = torch.stack([mine, seeds[mine]], 1).numpy()
-        return iter([keys[i:i + self.batch_size] for i in range(0, len(keys), self.batch_size)])
+        return iter([keys[i:i + self.batch_size] for i in range(self.done * self.batch_size, len(keys), self.batch_size)])
 
 # %% ../nbs/31_data.ipynb #8c0c9d8a
 class UnreadableImage(Exception):
@@ -164,6 +165,9 @@ class Loader:
         weakref.finalize(self, release, self._loader).atexit = False
 
     @property
+    def data(self) -> Dataset: return self._batches.data
+
+    @property
     def count(self) -> int:
         "Images of this process's part."
         return self.keys.count
@@ -174,12 +178,19 @@ class Loader:
 
     def __len__(self) -> int: return len(self.keys)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        self._turn += 1
-        return self._read(iter(self._loader), self._turn)
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: return self.after(0)
 
-    def _read(self, batches, turn):
-        found = False
+    def after(
+        self,
+        done: int,   # batches
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        "The epoch without its first batches; their images are not read."
+        self._turn += 1
+        self.keys.done = done
+        try: return self._read(iter(self._loader), self._turn, found=done == len(self))
+        finally: self.keys.done = 0
+
+    def _read(self, batches, turn, found):
         for batch in batches:
             if turn != self._turn: raise RuntimeError("a new iteration of this loader has begun; this one cannot go on")
             if batch.mistake: raise batch.mistake

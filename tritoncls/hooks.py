@@ -84,7 +84,7 @@ class CheckpointHook(BaseHook):
     def __init__(self, cfg: Config): self.folder, self.every, self.saving = output_folder(cfg), cfg.save_every_n_epoch, None
 
     def before_train(self) -> None:
-        if self.trainer.progress.epoch == 1: self.save([LATEST], epoch=0)
+        if self.trainer.progress.current_iter == 0: self.save([LATEST], epoch=0)
 
     def after_epoch(self) -> None:
         epoch = self.trainer.progress.epoch

@@ -163,7 +163,9 @@ def plain(value: Any) -> Any:
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
     "Write one line of JSON."
-    with path.open("a", encoding="utf-8") as file: file.write(json.dumps(plain(record), allow_nan=False) + "\n")
+    try:
+        with path.open("a", encoding="utf-8") as file: file.write(json.dumps(plain(record), allow_nan=False) + "\n")
+    except OSError as error: raise OSError(f"{path} could not be written: {error}") from error
 
 
 def end_last_line(path: Path) -> None:
@@ -197,6 +199,7 @@ class LoggerHook(LateHook):
                         disable=not (self.leads and sys.stdout.isatty()), dynamic_ncols=True)
         if self.leads: end_last_line(self.path)
         self.began, self.first = Instant(self.trainer.device), p.current_iter
+        self.since, self.logged = self.began, p.current_iter - 1
 
     def before_iter(self) -> None:
         p = self.trainer.progress
