@@ -22,7 +22,8 @@ test: install  ## check notebooks, export, README, style; run all quick tests
 	$(BIN)/python tools/check.py
 
 test-slow: install  ## run the tests marked slow
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n 2
+	$(BIN)/python -m pytest -m alone
 
 notebooks: install  ## run every notebook and save its outputs
 	$(BIN)/python tools/run_notebooks.py

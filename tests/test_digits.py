@@ -7,6 +7,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_main_job(seed, tmp_path):
     command = [sys.executable, "-m", "tritoncls.cli", "train", f"seed={seed}", f"output_dir={tmp_path}/run"]

@@ -77,7 +77,7 @@ def notebook_tests() -> Count:
 
 
 def pytest() -> Count:
-    code, output = run(sys.executable, "-m", "pytest", "-m", "not slow")
+    code, output = run(sys.executable, "-m", "pytest", "-m", "not slow", "-n", "2", OMP_NUM_THREADS="1")
     count = lambda word: sum(map(int, re.findall(rf"(\d+) {word}", output.splitlines()[-1] if output else "")))
     failed = count("failed") + count("errors?")
     return count("passed"), failed or int(code != 0), count("skipped")
