@@ -6,7 +6,7 @@
 __all__ = ['Route', 'META', 'replaced', 'key_of', 'tensors_of', 'without_numbers', 'is_spread', 'saving_group', 'remove',
            'give_names', 'reason', 'save_sharded', 'on_host', 'read_sharded']
 
-# %% ../nbs/35_sharded.ipynb #47bb318c
+# %% ../nbs/35_sharded.ipynb #3fdc6305
 import os
 import shutil
 import warnings
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from .distributed import rank
 from .runtime import UserError
 
-# %% ../nbs/35_sharded.ipynb #c4a0038a
+# %% ../nbs/35_sharded.ipynb #e9d024fa
 Route = tuple[str | int, ...]  # keys from the outside to the inside
 META = torch.device("meta")
 
@@ -55,7 +55,7 @@ def is_spread(state: Any) -> bool:
     "Whether some tensor of a state is spread over processes."
     return any(hasattr(tensor, "_local_tensor") for tensor in tensors_of(state).values())
 
-# %% ../nbs/35_sharded.ipynb #9e54b678
+# %% ../nbs/35_sharded.ipynb #1ba94bae
 _group: dict[Any, Any] = {}  # of the training's group: the one that saves
 
 
@@ -131,7 +131,7 @@ def save_sharded(
     pool.shutdown(wait=False)
     return done
 
-# %% ../nbs/35_sharded.ipynb #53886d42
+# %% ../nbs/35_sharded.ipynb #b3122b8c
 def on_host(_: Route, tensor: torch.Tensor) -> torch.Tensor: return torch.empty_like(tensor, device="cpu")
 
 
@@ -144,6 +144,7 @@ def read_sharded(
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
+        if not (folder / ".metadata").is_file(): raise FileNotFoundError(".metadata is missing")
         plain = torch.load(folder / "state.pt", weights_only=True)
         state = replaced(plain, place)
         wanted = {key: tensor for key, tensor in tensors_of(state).items() if not tensor.is_meta}
