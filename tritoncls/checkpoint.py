@@ -31,7 +31,7 @@ from torch import nn
 from .config import Config, dump_yaml, read_yaml
 from .distributed import from_first, is_sharded
 from .runtime import UserError, unwrapped
-from .sharded import Path_, read_sharded, remove, replaced
+from .sharded import Route, read_sharded, remove, replaced
 from .trainer import ClsTrainer, steps_per_epoch
 
 # %% ../nbs/41_checkpoint.ipynb #a3d50c0d
@@ -150,7 +150,7 @@ def _read_file(path: Path, device: torch.device | str) -> Any:
     except RuntimeError as error: raise UserError(f"{path} cannot be loaded: {error}") from error
 
 
-Place = Callable[[Path_, torch.Tensor], torch.Tensor]  # path and a tensor without numbers to one to be filled
+Place = Callable[[Route, torch.Tensor], torch.Tensor]  # path and a tensor without numbers to one to be filled
 
 
 def read_checkpoint(
@@ -227,10 +227,10 @@ def load_parts(trainer: ClsTrainer, state: dict[str, Any]) -> None:
         kept["steps"] = round(kept["steps"] * steps_each(trainer) / state["steps_per_epoch"])
     trainer.ema.load_state_dict(kept)
 
-# %% ../nbs/41_checkpoint.ipynb #e5c29709
+# %% ../nbs/41_checkpoint.ipynb #123ef1a8
 def own_tensor(
     trainer: ClsTrainer,
-) -> Callable[[Path_], torch.Tensor | None]:
+) -> Callable[[Route], torch.Tensor | None]:
     "Which sharded tensor of the trainer a tensor of a state belongs to, by its path; None for all that is not sharded."
     if not is_sharded(trainer.model): return lambda path: None
     named = {("model", name): p for name, p in unwrapped(trainer.model).state_dict().items()}
@@ -328,7 +328,7 @@ def weights_metadata(
     except safetensors.SafetensorError as error: raise UserError(f"the weights {path} are damaged: {error}") from error
     return json.loads(header.get("tritoncls", "{}"))
 
-# %% ../nbs/41_checkpoint.ipynb #98ad9356
+# %% ../nbs/41_checkpoint.ipynb #06575bc5
 def merge_weights(
     checkpoint: Path,    # a file, or the folder of a sharded one
     file: Path,          # ends in .safetensors
