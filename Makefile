@@ -25,6 +25,9 @@ test-slow: install  ## run the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n 2
 	$(BIN)/python -m pytest -m alone
 
+bench: install  ## measure the kernels beside what one would use instead; ARGS="loss --json benchmarks/results"
+	$(BIN)/tritoncls bench $(ARGS)
+
 notebooks: install  ## run every notebook and save its outputs
 	$(BIN)/python tools/run_notebooks.py
 	$(BIN)/python tools/readme.py
@@ -38,4 +41,4 @@ readme: install  ## write README.md from nbs/index.ipynb
 lab: install  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
-.PHONY: help install train test test-slow notebooks export readme lab
+.PHONY: help install train test test-slow bench notebooks export readme lab
