@@ -9,13 +9,16 @@ __all__ = ['TIME_IS_UP', 'NO_MEMORY', 'WAITS', 'FLUSH', 'CYCLES', 'BUDGET', 'MOS
 
 # %% ../nbs/48_clock.ipynb #ad8c86c9
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 # %% ../nbs/48_clock.ipynb #fc30848a
 class Work(NamedTuple):
@@ -36,7 +39,7 @@ class Row(NamedTuple):
     gbps: float | None = None         # GB/s, of the bytes that have to move
     pct_of_copy: float | None = None  # of what a copy reaches
     host_us: float | None = None      # until the call returned
-    launches: int | None = None       # kernels, copies and fills on the device
+    launches: int | None = None       # kernels, copies and fills that an eager call starts on the device
     note: str = ""
 
 
@@ -47,7 +50,8 @@ def filled(work: Work, case: str, impl: str, us: float, copy_gbps: float | None,
     "A row with what follows from the time."
     gbps = work.moved / us / 1e3 if work.moved else None
     pct = 100 * gbps / copy_gbps if gbps and copy_gbps else None
-    return Row(work.bench, case, impl, round(us, 2), gbps and round(gbps, 1), pct and round(pct, 1), **rest)
+    digits = lambda value: value and float(f"{value:.4g}")
+    return Row(work.bench, case, impl, digits(us), digits(gbps), digits(pct), **rest)
 
 # %% ../nbs/48_clock.ipynb #fc829e08
 FLUSH = 512 << 20        # bytes, more than any cache
@@ -131,13 +135,15 @@ def captured(call: Callable[[], Any], calls: int = 1) -> Callable[[], None]:
 
 
 def launches(call: Callable[[], Any]) -> int | None:
-    "Kernels, copies and fills that a call starts; None where the profiler sees nothing."
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events()) or None
+    "Kernels, copies and fills that one eager call starts; None where the profiler cannot see them."
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # as PyTorch has it where graphs and its profiler meet
+    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            call()
+            torch.cuda.synchronize()
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events()) or None
+    except (RuntimeError, AssertionError): return None
 
 # %% ../nbs/48_clock.ipynb #e140fa41
 def time_on_gpu(work: Work, impl: str, prepare: Callable[[], Callable], copy_gbps: float | None) -> Iterator[Row]:
@@ -153,8 +159,8 @@ def time_on_gpu(work: Work, impl: str, prepare: Callable[[], Callable], copy_gbp
             yield Row(work.bench, f"{work.case} {mode}", impl, note=f"{WAITS}: no graph")
             continue
         calls = 1 if cache == "cold" or waiting else max(1, min(20, int(200 / busy), 500 // (started or 1)))
-        one, returned = (call, host) if how == "eager" else (captured(call, calls), 0.0)
-        if how == "graph": returned = host_us(one, runs(busy * calls))
+        one = call if how == "eager" else captured(call, calls)
+        returned = host if how == "eager" else host_us(one, runs(busy * calls))
         repeated = calls if how == "eager" else 1  # a graph holds its calls already
         lead = lead_us(returned * repeated, waiting)
         us = device_us(one, lead, cache == "cold", repeated, runs(lead + busy * calls)) * repeated / calls
@@ -170,7 +176,7 @@ def attempt(work: Work, impl: str, rows: Iterator[Row]) -> Iterator[Row]:
     except (torch.cuda.OutOfMemoryError, MemoryError): note = NO_MEMORY
     except Exception as error: note = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     gc.collect()
-    if torch.cuda.is_initialized(): torch.cuda.empty_cache()
+    with suppress(RuntimeError): torch.cuda.empty_cache()  # refused after a capture that failed
     yield Row(work.bench, work.case, impl, note=note)
 
 
@@ -181,7 +187,7 @@ def gpu_rows(work: Work, copy_gbps: float | None, deadline: float) -> Iterator[R
         else: yield from attempt(work, impl, time_on_gpu(work, impl, prepare, copy_gbps))
 
 # %% ../nbs/48_clock.ipynb #11d471b9
-ROUNDS, ROUNDS_SECONDS = 15, 3.0
+ROUNDS, ROUNDS_SECONDS = 50, 2.0
 
 
 def cpu_rows(work: Work, copy_gbps: float | None, deadline: float) -> Iterator[Row]:

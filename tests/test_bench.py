@@ -1,0 +1,343 @@
+"""The benchmark: its clock on a device that is made up, its peers, its command, and the chapter that draws its results.
+
+Those marked `cuda` need torch, triton, numpy and pytest alone.
+"""
+import json
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tritoncls import bench, clock, workloads
+from tritoncls.clock import NO_MEMORY, TIME_IS_UP, WAITS, Row, Work, gpu_rows
+from tritoncls.runtime import UserError
+from tritoncls.workloads import BF16, FP32, GPU_SHAPES, NETWORKS, Shape, loss_case, sizes
+
+ROOT = Path(__file__).parent.parent
+MODES = ("eager cold", "eager warm", "graph cold", "graph warm")
+CPU = torch.device("cpu")
+
+
+class FakeGpu:
+    "Enough of torch.cuda to run the clock without a GPU: a device whose time is the number of calls since its events."
+    def __init__(self):
+        self.now, self.slept, self.flushed, self.capturing, self.strict = 0, [], 0, False, False
+
+    def work(self, us: int):
+        "A call that takes the device so long."
+        if self.capturing: self.graph.calls.append(us)
+        else: self.now += us
+
+    def synchronize(self): pass
+    def empty_cache(self): pass
+    def Stream(self): return self
+    def current_stream(self): return self
+    def wait_stream(self, other): pass
+    def stream(self, other): return nullcontext()
+    def set_sync_debug_mode(self, mode): self.strict = mode == "error"
+
+    def _sleep(self, cycles):
+        self.slept.append(cycles)
+        self.now += 10_000
+
+    def Event(self, enable_timing):
+        gpu = self
+
+        class Event:
+            def record(self): self.at = gpu.now
+            def elapsed_time(self, other): return (other.at - self.at) / 1000
+        return Event()
+
+    def CUDAGraph(self):
+        gpu = self
+
+        class Graph:
+            calls = ()
+            def replay(self): gpu.now += sum(self.calls)
+        return Graph()
+
+    @contextmanager
+    def graph_context(self, graph, stream):
+        graph.calls, self.graph, self.capturing = [], graph, True
+        try: yield
+        finally: self.capturing = False
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    fake = FakeGpu()
+    for name in ("synchronize", "Stream", "current_stream", "stream", "set_sync_debug_mode", "_sleep", "Event", "CUDAGraph",
+                 "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    monkeypatch.setattr(torch.cuda, "graph", fake.graph_context)
+    monkeypatch.setattr(clock, "launches", lambda call: (call(), 2)[1])
+
+    class Flush:
+        def zero_(self): fake.flushed += 1
+    monkeypatch.setattr(clock, "flush_buffer", Flush)
+    return fake
+
+
+def rows_of(ways, moved=10**6, deadline=60, copy_gbps=None, **options):
+    work = Work("example", "numbers", moved, ways, **options)
+    return list(gpu_rows(work, copy_gbps, time.monotonic() + deadline))
+
+
+def test_each_mode_measures_the_device_and_not_what_precedes(gpu):
+    rows = rows_of({"seven": lambda: lambda: gpu.work(7)}, copy_gbps=500.0)
+    assert [row.case for row in rows] == [f"numbers {mode}" for mode in MODES]
+    for row in rows:
+        # 10^6 bytes in 7 us: 142.857 GB/s, 28.57% of 500
+        assert (row.us, row.gbps, row.pct_of_copy, row.launches, row.note) == (7.0, 142.9, 28.57, 2, "")
+    assert gpu.flushed >= 10 and len(gpu.slept) >= 20 and min(gpu.slept) >= 20 * clock.CYCLES
+    assert [row.host_us is None for row in rows] == [False, False, False, True]  # a warm graph holds many calls
+
+
+def test_work_that_no_cache_holds_is_cold(gpu):
+    rows = rows_of({"seven": lambda: lambda: gpu.work(7)}, moved=clock.FLUSH)
+    assert [row.case for row in rows] == ["numbers eager cold", "numbers graph cold"]
+
+
+def test_a_way_that_waits_for_the_device_has_no_graph(gpu):
+    def call():
+        gpu.work(5)
+        if gpu.strict: raise RuntimeError("called a synchronizing CUDA operation")
+    rows = rows_of({"waits": lambda: call})
+    assert [(row.us, row.note) for row in rows[:2]] == [(5.0, WAITS)] * 2 and gpu.slept == []
+    assert [(row.us, row.note) for row in rows[2:]] == [(None, f"{WAITS}: no graph")] * 2
+
+
+def test_what_goes_wrong_is_a_row_and_the_next_way_is_tried(gpu):
+    def out_of_memory(): raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    def no_capture():
+        if gpu.capturing: raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        gpu.work(3)
+    rows = rows_of({"big": out_of_memory, "bad": lambda: [].no_such_method, "eager only": lambda: no_capture,
+                    "good": lambda: lambda: gpu.work(4)})
+    by = lambda impl: [row for row in rows if row.impl == impl]
+    assert by("big") == [Row("example", "numbers", "big", note=NO_MEMORY)]
+    assert "no_such_method" in by("bad")[0].note and by("bad")[0].us is None
+    assert [row.us for row in by("eager only")] == [3.0, 3.0, None]
+    assert by("eager only")[2].note == "RuntimeError: operation not permitted when stream is capturing"
+    assert [row.us for row in by("good")] == [4.0] * 4
+
+
+def test_time_that_is_up_is_a_row(gpu):
+    rows = rows_of({"a": lambda: lambda: gpu.work(1), "b": lambda: lambda: gpu.work(1)}, deadline=-1)
+    assert [(row.impl, row.us, row.note) for row in rows] == [("a", None, TIME_IS_UP), ("b", None, TIME_IS_UP)]
+
+
+def tiny(monkeypatch):
+    "Small pieces of every work."
+    shapes = (*(Shape(4, C, stride, FP32, kind) for C, stride in ((10, 10), (21, 24)) for kind in ("ids", "mixed", "dense")),)
+    monkeypatch.setattr(workloads, "CPU_SHAPES", shapes)
+    monkeypatch.setattr(workloads, "NETWORKS", {name: workloads.Network("7x3 4096 100", 2, 3) for name in NETWORKS})
+    monkeypatch.setattr(workloads, "installed", lambda package: package == "torch")
+    parts = lambda: (torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    monkeypatch.setattr(workloads, "small_network", lambda: torch.nn.Sequential(*parts(), torch.nn.Linear(4, 10)))
+    monkeypatch.setattr(clock, "BUDGET", 1)
+    monkeypatch.setattr(clock, "ROUNDS", 3)
+    workloads.draw.cache_clear()
+    workloads.model_of.cache_clear()
+
+
+def test_every_way_runs_under_the_clock_of_a_gpu(gpu, monkeypatch):
+    tiny(monkeypatch)
+    monkeypatch.setattr(bench, "cpu_rows", gpu_rows)
+    copies = lambda device: iter([Work("copy", "1 MiB", 2 << 20, {"torch copy_": lambda: lambda: gpu.work(10)})])
+    monkeypatch.setitem(bench.PARTS, "copy", copies)
+    # The made-up device gives no time to real calls, and none is not a time: let each take a microsecond.
+    monkeypatch.setattr(clock, "device_us", lambda call, *args, **options: (call(), 1.0)[1])
+    result = bench.run(bench.ALL, "cpu")
+    assert list(result) == ["device", "driver", "versions", "date", "copy_gbps", "rows"]
+    assert all(list(row) == list(Row._fields) for row in result["rows"])
+    wrong = [row for row in result["rows"] if row["us"] is None and "is not installed" not in row["note"]]
+    assert wrong == [], wrong
+    assert {row["bench"] for row in result["rows"]} == {"copy", *bench.ALL}
+    absent = {row["impl"] for row in result["rows"] if row["note"].endswith("is not installed")}
+    assert absent == {"Liger", "QuACK", "timm ModelEmaV3"}
+    shares = [row["note"] for row in result["rows"] if row["bench"] == "step" and row["impl"] != "network alone"]
+    assert shares == ["0.0% outside the network"] * 4
+
+
+def test_the_tensor_lists_are_those_of_the_networks():
+    timm = pytest.importorskip("timm")
+    names = {"vit_base": "vit_base_patch16_224", "vit_large": "vit_large_patch16_224"}
+    for name, network in NETWORKS.items():
+        with torch.device("meta"): model = timm.create_model(names.get(name, name))
+        tensors = list(model.state_dict().values())
+        assert sizes(network) == sorted(t.numel() for t in tensors if t.is_floating_point()), name
+        assert network.counters == sum(not t.is_floating_point() for t in tensors), name
+        assert network.modules == len(list(model.modules())), name
+
+
+def test_the_bytes_are_the_same_for_all_and_the_fewest_there_are():
+    assert loss_case(Shape(8192, 1000, 1000, BF16), grad=True) == ("8192x1000 bf16 ids grad", 2 * 8192 * 1000 * 2)
+    flat = loss_case(Shape(8192, 1000, 1000, FP32, "dense"), grad=False)
+    assert flat == ("8192x1000 fp32 dense forward", 2 * 8192 * 1000 * 4)
+    resnet50 = next(work for work in workloads.ema_work(CPU) if work.case == "resnet50 fp32")
+    assert resnet50.moved == 12 * 25_610_152 + 16 * 53
+
+
+def test_the_grid_has_what_was_asked_for():
+    plain = {(s.N, s.C, s.dtype) for s in GPU_SHAPES if s.kind == "ids" and s.stride == s.C and not s.compiled}
+    assert plain == {(N, C, dtype) for N in (256, 1024, 8192, 32768) for dtype in (BF16, FP32)
+                     for C in (10, 1000, 4096, 21841, 21848, 32768, 131072)}
+    assert {s.kind for s in GPU_SHAPES} == {"ids", "mixed", "dense"} and sum(s.compiled for s in GPU_SHAPES) == 3
+
+
+@pytest.mark.parametrize("kind", ("ids", "mixed", "dense"))
+def test_eager_accuracy_is_timms(kind):
+    timms = pytest.importorskip("timm.utils").accuracy
+    x, target = workloads.draw(Shape(64, 20, 20, FP32, kind), CPU)
+    top = lambda y: torch.stack(timms(x, y, (1, 5))) * len(x) / 100
+    if kind == "mixed": want = 0.3 * top(target.y1) + 0.7 * top(target.y2)
+    else: want = top(target if kind == "ids" else target.argmax(1))
+    torch.testing.assert_close(workloads.torch_hits(x, target).float(), want)
+
+
+def test_what_people_write_is_what_an_iteration_does():
+    "Our iteration and the plain one train the same network, and average it alike."
+    plain, ours = (workloads.training(workloads.small_network, 4, 8, 10, CPU, fused) for fused in (False, True))
+    for _ in range(3): assert torch.equal(workloads.plain_step(plain), workloads.our_step(ours))
+    for a, b in zip(plain.params + plain.shadows, ours.params + ours.shadows, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(plain.params[0], plain.shadows[0])
+
+
+def test_the_command_measures_prints_and_writes(tmp_path, monkeypatch, capsys):
+    tiny(monkeypatch)
+    copies = lambda device: iter([Work("copy", "1 KiB", 2048, {"torch copy_": lambda: lambda: torch.ones(9).clone()})])
+    monkeypatch.setitem(bench.PARTS, "copy", copies)
+    assert bench.main(["loss", "--device", "cpu", "--json", str(tmp_path)]) == 0
+    [file] = tmp_path.glob("*.json")
+    result = json.loads(file.read_text())
+    assert file.stem.endswith(result["date"]) and result["copy_gbps"] > 0
+    assert {"bench", "case", "impl", "us", "gbps", "pct_of_copy", "host_us", "launches", "note"} == set(result["rows"][0])
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("loss 4x21/24 fp32 dense forward")]
+    assert len(lines) == 2 and " 1.00" in lines[0] and str(file) in printed
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):
+    assert bench.main(["loss", "--device", "cuda:77"]) == 2
+    assert bench.main(["loss", "--device", "cpu", "--json", str(tmp_path / "absent" / "file.json")]) == 2
+    assert bench.main(["tune", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "cuda:77" in said and "absent" in said and "needs a GPU" in said and "Traceback" not in said
+    with pytest.raises(UserError, match="ema, step, loss, tune, all"): bench.bench("everything")
+    with pytest.raises(SystemExit): bench.main(["everything"])
+
+
+def test_a_failure_of_our_own_is_an_exit_code(monkeypatch, capsys):
+    failed = lambda note: dict(device="x", copy_gbps=1, rows=[Row("loss", "c", "tritoncls", note=note)._asdict()])
+    for note, code in (("RuntimeError: no", 1), (TIME_IS_UP, 0), (NO_MEMORY, 0)):
+        monkeypatch.setattr(bench, "run", lambda *args, note=note: failed(note))
+        assert bench.main(["loss"]) == code
+
+
+def test_it_needs_torch_triton_and_numpy_alone():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", """
+import sys
+for name in ("pydantic", "yaml", "typer", "tqdm", "tensorboard", "timm", "torchvision", "sklearn", "matplotlib",
+             "safetensors", "nbdev", "fastcore"):
+    sys.modules[name] = None
+import runpy
+sys.argv = ["bench", "--help"]
+runpy.run_module("tritoncls.bench", run_name="__main__")
+"""], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0 and "ema,step,loss,tune,all" in done.stdout, done.stderr
+
+
+def made_up_result() -> dict:
+    "A result as a GPU would give it, with numbers by formula, to draw the chapter from."
+    rows = [Row("copy", "1024 MiB eager cold", "torch copy_", 700.0, 3000.0, None, 9.0, 1)]
+    for shape in GPU_SHAPES:
+        for grad in (True, False):
+            case, moved = loss_case(shape, grad)
+            names = ["torch.compile"] if shape.compiled else [
+                name for name in workloads.LOSSES if (grad or "pass" not in name) and (shape.kind == "ids" or "Q" not in name)]
+            for i, name in enumerate(names):
+                for mode in MODES:
+                    us = moved / 3e6 * (1 + i) + 5
+                    rows.append(Row("loss", f"{case} {mode}", name, us, moved / us / 1e3, moved / us / 3e4, 30.0 + i, 2 + i))
+    for name, network in NETWORKS.items():
+        moved = 12 * sum(sizes(network))
+        for i, impl in enumerate(("torch._foreach_lerp_", "tritoncls ModelEma", "flat lerp")):
+            us = moved / 3e6 * (2 - 0.5 * i) + 5
+            rows.append(Row("ema", f"{name} fp32 eager cold", impl, us, moved / us / 1e3, moved / us / 3e4, 50.0, 3))
+    for impl, us in (("plain PyTorch", 110e3), ("tritoncls", 103e3), ("network alone", 100e3)):
+        rows.append(Row("step", "resnet50 256x3x224x224 bf16 eager warm", impl, us, host_us=9e3, launches=700))
+    rows += [Row("loss", "all", "Liger", note="liger_kernel is not installed"), Row("loss", "c", "QuACK", note=TIME_IS_UP)]
+    return dict(device="A GPU that is made up", driver="1.2", versions=dict(torch="2.11.0", triton="3.6.0"), date="2026-01-01",
+                copy_gbps=3000.0, rows=[row._asdict() for row in rows])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("filled", (True, False))
+def test_the_chapter_draws_whatever_results_there_are(filled, tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    results = tmp_path / "benchmarks" / "results"
+    for folder in (results, tmp_path / "nbs"): folder.mkdir(parents=True)
+    if filled: bench.write_result(made_up_result(), results)
+    notebook = nbformat.read(ROOT / "nbs" / "91_results.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(tmp_path / "nbs")}}
+    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=200, resources=resources).execute()
+    outputs = [out.get("data", {}) for cell in notebook.cells for out in cell.get("outputs", [])]
+    pictures = [data["image/svg+xml"] for data in outputs if "image/svg+xml" in data]
+    text = "\n".join(data.get("text/markdown", "") for data in outputs)
+    if not filled:
+        assert pictures == [] and text.count("No result from a GPU yet") >= 8
+        return
+    assert len(pictures) == 4 and "A GPU that is made up" in text
+    assert "| iteration of resnet50: % outside the network at most | 5 | 2.91 | reached |" in text
+    assert "| loss and gradient: times as fast as Liger |" in text and "liger_kernel is not installed" in text
+    (tmp_path / "text.md").write_text(text)
+    for i, picture in enumerate(pictures): (tmp_path / f"{i}.svg").write_text(picture)
+
+
+@pytest.mark.cuda
+def test_the_clock_counts_what_the_device_does():
+    spin = lambda: torch.cuda._sleep(400_000)
+    torch.cuda.synchronize()
+    one = clock.device_us(spin, lead=50)
+    assert 50 < one < 2000
+    for lead, cold, calls in ((500, False, 1), (50, True, 1), (50, False, 10)):
+        assert abs(clock.device_us(spin, lead, cold, calls) - one) < 0.2 * one
+    assert clock.host_us(spin, 10) < 0.5 * one and not clock.waits(spin)
+    assert clock.waits(lambda: torch.ones(1, device="cuda").item())
+    x = torch.ones(8, device="cuda")
+    assert clock.launches(lambda: x.add_(1).mul_(2)) == 2
+
+
+@pytest.mark.cuda
+def test_our_ways_are_measured_in_every_mode_and_agree_with_torch():
+    device = torch.device("cuda")
+    for kind in ("ids", "mixed", "dense"):
+        shape = Shape(1024, 1000, 1000, BF16, kind)
+        x, target = workloads.draw(shape, device)
+        loss = workloads.torch_loss(x.double(), target)[0]
+        for name, function in workloads.loss_ways(shape, grad=True).items():
+            got = workloads.loss_call(function, shape, device, grad=True)()[0]
+            assert abs(got.item() - loss.item()) <= 0.02 * loss.item(), name
+        ways = {name: lambda f=function, s=shape: workloads.loss_call(f, s, device, True)
+                for name, function in workloads.loss_ways(shape, grad=True).items() if "tritoncls" in name}
+        rows = list(gpu_rows(Work("loss", *loss_case(shape, True), ways), 1000.0, time.monotonic() + 120))
+        assert [row.case.split(" ", 4)[4] for row in rows] == [*MODES] * 2 and all(row.us > 0 for row in rows), rows
+        assert {row.launches for row in rows if row.impl == "tritoncls"} == {2}
+    x, target = workloads.draw(Shape(64, 10, 10, FP32), device)
+    torch.testing.assert_close(workloads.our_loss(x, target)[0], F.cross_entropy(x, target))
+
+
+@pytest.mark.cuda
+def test_every_average_is_measured():
+    works = {work.case: work for work in workloads.ema_work(torch.device("cuda"))}
+    rows = list(gpu_rows(works["efficientnet_b0 fp32"], 1000.0, time.monotonic() + 120))
+    assert all(row.us or "no graph" in row.note for row in rows), rows
+    assert {row.impl for row in rows} >= {"torch._foreach_lerp_", "tritoncls ModelEma", "tritoncls ema_blend_", "flat lerp"}
