@@ -171,7 +171,8 @@ def test_every_number_of_processes_has_the_same_batches():
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("how", ["raise", pytest.param("kill", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["raise", "kill"])
 def test_a_process_that_fails_ends_all(how, tmp_path):
     ended = train(tmp_path, 2, *QUICK, "output_dir=run", "imports=[parts]", "hooks_name=Sabotaged", SABOTAGE=how)
     assert ended.returncode != 0

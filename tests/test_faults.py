@@ -75,7 +75,8 @@ def alive(group: int) -> list[str]:
 @contextmanager
 def started(folder, *more, limit=100, **options):
     "A run in a process group of its own, which is empty afterwards."
-    run = subprocess.Popen(**command(folder, *more), **options)
+    hears = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is deaf to it
+    run = subprocess.Popen(**command(folder, *more), preexec_fn=hears, **options)
     try:
         yield run
         run.communicate(timeout=limit) if run.returncode is None else None
@@ -144,6 +145,7 @@ def test_an_interrupted_run_ends_with_one_line(tmp_path):
     assert records[0]["kind"] == "train" and records[0]["step"] == 3, "the log was not closed"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_reader_that_dies_ends_the_run_with_a_line(tmp_path):
     code, _, err = finished(tmp_path / "run", "data.num_workers=2", "hooks_name=Killing", "data.name=FakeData",
