@@ -205,7 +205,8 @@ def test_eager_accuracy_is_timms(kind):
 def test_what_people_write_is_what_an_iteration_does():
     "Our iteration and the plain one train the same network, and average it alike."
     plain, ours = (workloads.training(workloads.small_network, 4, 8, 10, CPU, fused) for fused in (False, True))
-    for _ in range(3): assert torch.equal(workloads.plain_step(plain), workloads.our_step(ours))
+    (plain_step, _), (our_step, _) = workloads.STEPS["plain PyTorch"], workloads.STEPS["tritoncls"]
+    for _ in range(3): assert torch.equal(plain_step(plain), our_step(ours))
     for a, b in zip(plain.params + plain.shadows, ours.params + ours.shadows, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert not torch.equal(plain.params[0], plain.shadows[0])

@@ -31,8 +31,8 @@ def example(target="sm_90", **changes) -> dict:
     return dict(target=target, triton=triton.__version__, kernels=[row | changes])
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_a_row_says_what_one_kernel_compiles_to(target):
+@pytest.mark.parametrize(("target", "warps"), [("sm_90", 4), ("gfx942", 2)])
+def test_a_row_says_what_one_kernel_compiles_to(target, warps):
     out = python(f"""
 import json
 from tritoncls.kernels import inspect
@@ -40,11 +40,28 @@ rows = [row for case in inspect.loss_cases() if case.kernel == "rank" for row in
 print(json.dumps(rows))
 """)
     aligned, shared = json.loads(out)
-    assert list(aligned) == KEYS and aligned["shape"] == "8192x1000 ids" and aligned["plan"] == "2 x 1024, 4 warps"
+    assert list(aligned) == KEYS and aligned["shape"] == "8192x1000 ids" and aligned["plan"] == f"2 x 1024, {warps} warps"
     assert 16 <= aligned["registers"] <= 128 and aligned["spill_bytes"] == 0 and aligned["narrowest_bits"] == 128
-    assert aligned["shared_bytes"] > 0  # a row is the work of several warps
+    if target == "sm_90": assert aligned["shared_bytes"] > 0  # a row is the work of several warps
     assert aligned["least_us"] == {"A100": 8.04, "H100": 4.89, "H200": 3.41, "B200": 2.05, "MI300X": 3.09}
-    assert shared["plan"] == "1 x 2048, 32 programs a row, 4 warps"
+    assert shared["plan"] == f"1 x 2048, 32 programs a row, {warps} warps"
+
+
+def test_a_launch_for_amd_has_warps_of_64_threads():
+    out = python("""
+import torch
+from tritoncls.kernels import inspect
+from tritoncls.kernels.machine_code import compile_launch, record_launches
+case = next(case for case in inspect.loss_cases() if case.shape.startswith("8192x16384"))
+for backend in ("cuda", "hip"): [launch] = record_launches(case.call, backend); print(launch.options)
+assert torch.version.hip is None or torch.version.hip != "recorded"
+[launch] = record_launches(case.call, "cuda")
+try: compile_launch(launch, "gfx942")
+except ValueError as error: print(error)
+""")
+    assert out.splitlines() == [
+        "{'num_warps': 32, 'maxnreg': 64}", "{'num_warps': 16}",
+        "cross_entropy_kernel asks for 2048 threads; allowed on gfx942: 1024"]
 
 
 def test_a_logit_looked_up_is_not_a_tile_but_a_narrow_tile_is():

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from . import __version__
 from .clock import NO_MEMORY, TIME_IS_UP, Row, cpu_rows, gpu_rows
 from .runtime import UserError, pick_device
 from .workloads import copy_work, ema_work, loss_work, missing, step_work, tune_work, with_shares
@@ -42,8 +43,8 @@ def versions() -> dict[str, str | None]:
     def of(package: str) -> str | None:
         try: return version(package)
         except PackageNotFoundError: return None
-    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-            "hip": torch.version.hip, "triton": triton.__version__,
+    return {"tritoncls": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "cuda": torch.version.cuda, "hip": torch.version.hip, "triton": triton.__version__,
             **{package: of(package) for package in ("timm", "torchvision", "liger-kernel", "quack-kernels")}}
 
 
@@ -73,10 +74,10 @@ def measured(part: str, device: torch.device, copy_gbps: float | None, deadline:
 
 
 def run(
-    parts: Sequence[str] = ALL,                   # "ema", "step", "loss", "tune"
-    device: str = "auto",                         # "auto", "cpu", "cuda", "cuda:1"
+    parts: Sequence[str] = ALL,                      # "ema", "step", "loss", "tune"
+    device: str = "auto",                            # "auto", "cpu", "cuda", "cuda:1"
     show: Callable[[list[Row]], Any] | None = None,  # called with the rows of each piece of work
-) -> dict:                                        # device, driver, versions, date, copy_gbps, rows
+) -> dict:                                           # device, driver, versions, date, copy_gbps, rows
     "Measure, the device's own copy first."
     place = pick_device(device)
     if place.type == "cuda": torch.cuda.set_device(place)

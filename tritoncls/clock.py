@@ -67,7 +67,7 @@ def flush_buffer() -> torch.Tensor:
 
 def runs(us: float) -> int:
     "How often something that takes so long is measured."
-    return max(5, min(50, int(BUDGET / max(us, 1))))
+    return max(3, min(50, int(BUDGET / max(us, 1))))
 
 
 def lead_us(host: float, waiting: bool) -> float:
@@ -149,7 +149,7 @@ def launches(call: Callable[[], Any]) -> int | None:
 def time_on_gpu(work: Work, impl: str, prepare: Callable[[], Callable], copy_gbps: float | None) -> Iterator[Row]:
     "A row for each mode."
     call = prepare()
-    for _ in range(3): call()
+    for _ in range(2): call()
     host, waiting, started = host_us(call, runs(once_us(call, wait=True))), waits(call), launches(call)
     busy = device_us(call, lead_us(host, waiting), count=3)
     for mode in work.modes:

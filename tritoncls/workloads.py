@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Loss', 'LOSSES', 'IDS_ONLY', 'BATCHES', 'CLASSES', 'BF16', 'FP32', 'GPU_SHAPES', 'CPU_SHAPES', 'PEERS', 'NETWORKS',
-           'MOMENTUM', 'STEPS', 'NOT_NETWORK', 'SWEEP', 'copy_work', 'installed', 'torch_hits', 'torch_loss',
+           'MOMENTUM', 'EMAS', 'STEPS', 'NOT_NETWORK', 'SWEEP', 'copy_work', 'installed', 'torch_hits', 'torch_loss',
            'our_loss', 'our_pass', 'liger_loss', 'quack_loss', 'quack_pass', 'Shape', 'draw', 'loss_call', 'loss_case',
            'loss_ways', 'loss_work', 'missing', 'Network', 'sizes', 'as_module', 'model_of', 'Ema', 'average_of',
-           'foreach', 'per_tensor', 'our_function', 'our_model', 'averaged_model', 'timms_model', 'flat_lerp',
-           'ema_work', 'Training', 'small_network', 'resnet50', 'training', 'plain_step', 'our_step', 'network_step',
+           'foreach', 'per_tensor', 'our_function', 'updates', 'our_model', 'averaged_model', 'timms_model',
+           'flat_lerp', 'ema_work', 'Training', 'small_network', 'resnet50', 'training', 'iteration', 'network_alone',
            'step_work', 'with_shares', 'tune_work']
 
 # %% ../nbs/49_workloads.ipynb #d7fc8742
@@ -226,18 +226,16 @@ def model_of(name: str, device: torch.device) -> nn.Module:
 
 
 class Ema(NamedTuple):
-    "A model, and an average that somebody else updates."
-    model: nn.Module
+    "A model's tensors, and those of its average."
     params: list[torch.Tensor]
     counters: list[torch.Tensor]
     shadows: list[torch.Tensor]
     copies: list[torch.Tensor]    # of the counters
 
 
-def average_of(name: str, device: torch.device) -> Ema:
-    model = model_of(name, device)
+def average_of(model: nn.Module) -> Ema:
     params, counters = [p.detach() for p in model.parameters()], list(model.buffers())
-    return Ema(model, params, counters, [p.clone() for p in params], [n.clone() for n in counters])
+    return Ema(params, counters, [p.clone() for p in params], [n.clone() for n in counters])
 
 
 def foreach(ema: Ema) -> None:
@@ -253,9 +251,12 @@ def per_tensor(ema: Ema) -> None:
 def our_function(ema: Ema) -> None: ema_blend_(ema.shadows + ema.copies, ema.params + ema.counters, 1 - MOMENTUM)
 
 
+def updates(update: Callable[[Ema], None], model: nn.Module) -> Callable[[], Any]: return partial(update, average_of(model))
+
+
 def our_model(model: nn.Module) -> Callable[[], Any]: return ModelEma(model, momentum=MOMENTUM).update
 
-
+# %% ../nbs/49_workloads.ipynb #6253d0d8
 def averaged_model(model: nn.Module) -> Callable[[], Any]:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(MOMENTUM), use_buffers=True)
@@ -271,16 +272,18 @@ def flat_lerp(model: nn.Module) -> Callable[[], Any]:
     e, p = (torch.cat([p.detach().flatten() for p in model.parameters()]) for _ in range(2))
     return partial(e.lerp_, p, 1 - MOMENTUM)
 
+
+EMAS = {  # way -> makes an average of a model, and returns its update
+    "torch._foreach_lerp_": partial(updates, foreach), "tritoncls ema_blend_": partial(updates, our_function),
+    "tritoncls ModelEma": our_model, "per-tensor loop": partial(updates, per_tensor), "torch AveragedModel": averaged_model,
+    "timm ModelEmaV3": timms_model, "flat lerp": flat_lerp}
+
 # %% ../nbs/49_workloads.ipynb #242a964a
 def ema_work(device: torch.device) -> Iterator[Work]:
     "One update of the average of each network, fp32."
-    functions = {"torch._foreach_lerp_": foreach, "tritoncls ema_blend_": our_function, "per-tensor loop": per_tensor}
-    objects = {"tritoncls ModelEma": our_model, "torch AveragedModel": averaged_model, "timm ModelEmaV3": timms_model,
-               "flat lerp": flat_lerp}
-    if not installed("timm"): del objects["timm ModelEmaV3"]
     for name in NETWORKS if device.type == "cuda" else ("resnet50", "efficientnet_b0"):
-        ways = {impl: lambda f=f, name=name: partial(f, average_of(name, device)) for impl, f in functions.items()}
-        ways |= {impl: lambda f=f, name=name: f(model_of(name, device)) for impl, f in objects.items()}
+        ways = {impl: lambda make=make, name=name: make(model_of(name, device)) for impl, make in EMAS.items()
+                if "timm" not in impl or installed("timm")}
         moved = 12 * sum(sizes(NETWORKS[name])) + 16 * NETWORKS[name].counters
         yield Work("ema", f"{name} fp32", moved, ways)
     model_of.cache_clear()
@@ -338,31 +341,19 @@ def training(
     return Training(model, images, target, gradient, optimizer, [p.clone() for p in params], params, autocast)
 
 # %% ../nbs/49_workloads.ipynb #469816f6
-def plain_step(t: Training) -> torch.Tensor:
-    "An iteration as one writes it."
-    with t.autocast(): logits = t.model(t.images)
-    loss, hits = torch_loss(logits, t.target)
-    loss.backward()
+def iteration(t: Training, loss: Loss, blend: Callable) -> torch.Tensor:
+    "Forward, loss, accuracy, backward, clipping, optimizer, average."
+    with t.autocast():
+        value, hits = loss(t.model(t.images), t.target)
+    value.backward()
     nn.utils.clip_grad_norm_(t.model.parameters(), 1.0)
     t.optimizer.step()
     t.optimizer.zero_grad(set_to_none=True)
-    torch._foreach_lerp_(t.shadows, t.params, 1 - MOMENTUM)
+    blend(t.shadows, t.params, 1 - MOMENTUM)
     return hits
 
 
-def our_step(t: Training) -> torch.Tensor:
-    "An iteration with the kernels of this library."
-    with t.autocast(): logits = t.model(t.images)
-    loss, hits = our_loss(logits, t.target)
-    loss.backward()
-    nn.utils.clip_grad_norm_(t.model.parameters(), 1.0)
-    t.optimizer.step()
-    t.optimizer.zero_grad(set_to_none=True)
-    ema_blend_(t.shadows, t.params, 1 - MOMENTUM)
-    return hits
-
-
-def network_step(t: Training) -> None:
+def network_alone(t: Training) -> None:
     "The network alone."
     with t.autocast(): logits = t.model(t.images)
     logits.backward(t.gradient)
@@ -370,7 +361,8 @@ def network_step(t: Training) -> None:
 
 
 STEPS = {  # way -> iteration, and whether PyTorch's optimizer is its fused one
-    "plain PyTorch": (plain_step, False), "tritoncls": (our_step, True), "network alone": (network_step, True)}
+    "plain PyTorch": (partial(iteration, loss=torch_loss, blend=torch._foreach_lerp_), False),
+    "tritoncls": (partial(iteration, loss=our_loss, blend=ema_blend_), True), "network alone": (network_alone, True)}
 
 # %% ../nbs/49_workloads.ipynb #b29e9be2
 NOT_NETWORK = "outside the network"

@@ -266,8 +266,9 @@ def plan_arguments(
     edge, peel = row_layout(x)
     return dict(
         C=x.shape[1], STRIDE=x.stride(0), EDGE=edge, PEEL=peel, ROWS=plan.rows, BLOCK=plan.block, CHUNK=plan.chunk,
-        SPLITS=plan.splits, PROGRAMS=MAX_PROGRAMS, num_warps=plan.warps,
-        **({} if torch.version.hip else dict(maxnreg=min(REGISTERS, 2048 // plan.warps))),
+        SPLITS=plan.splits, PROGRAMS=MAX_PROGRAMS,
+        **(dict(num_warps=plan.warps // 2) if torch.version.hip else  # AMD's have 64 threads
+           dict(num_warps=plan.warps, maxnreg=min(REGISTERS, 2048 // plan.warps))),
         SPLIT_ROWS=triton.next_power_of_2(len(x)) if plan.splits > 1 else 1,
         SPLIT_COLS=triton.next_power_of_2(plan.splits))
 
