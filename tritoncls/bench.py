@@ -60,7 +60,8 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     try: model = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     except (OSError, IndexError): model = platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' * (threads > 1)}"
 
 # %% ../nbs/51_bench.ipynb #1e8fcbae
 def measured(part: str, device: torch.device, copy_gbps: float | None, deadline: float) -> Iterator[list[Row]]:
