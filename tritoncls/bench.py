@@ -115,10 +115,10 @@ def print_rows(rows: Sequence[Row], first: dict[tuple[str, str], float]) -> None
         print(table_line(row, base and base / row.us), flush=True)
 
 
-def write_result(result: dict, file: Path) -> Path:
-    "Write a result as JSON, a row a line; in a folder under a name made of device and date."
-    name = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    path = file / f"{name}-{result['date']}.json" if file.is_dir() else file
+def write_result(result: dict, file: Path, part: str = "all") -> Path:
+    "Write a result as JSON, a row a line; in a folder under a name made of device, date and part."
+    words = f"{result['device']} {result['date']}" + ("" if part == "all" else f" {part}")
+    path = file / f"{re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')}.json" if file.is_dir() else file
     head = json.dumps(result | {"rows": []}, indent=1).removesuffix("[]\n}")
     rows = ",\n".join(f"  {json.dumps(row)}" for row in result["rows"])
     try: path.write_text(f"{head}[\n{rows}\n ]\n}}\n", encoding="utf-8")
@@ -129,7 +129,7 @@ def write_result(result: dict, file: Path) -> Path:
 def bench(
     part: str = "all",         # "ema", "step", "loss", "tune" or "all"
     device: str = "auto",      # "auto", "cpu", "cuda", "cuda:1"
-    file: Path | None = None,  # also write JSON there; in a folder, under a name made of device and date
+    file: Path | None = None,  # also write JSON there; in a folder, under a name made of device, date and part
 ) -> bool:                     # whether our own ways worked, as far as memory and time went
     "Measure, print a table, write the result."
     if part not in CHOICES: raise UserError(f"part {part!r} is not known; allowed: {', '.join(CHOICES)}")
@@ -139,7 +139,7 @@ def bench(
     result = run(ALL if part == "all" else (part,), device, partial(print_rows, first={}))
     print(f"{result['device']}; torch {torch.__version__}, Triton {triton.__version__}; "
           f"a copy reaches {result['copy_gbps']} GB/s")
-    if file is not None: print(f"written to {write_result(result, file)}")
+    if file is not None: print(f"written to {write_result(result, file, part)}")
     failed = [row for row in result["rows"] if "tritoncls" in row["impl"] and row["us"] is None
               and row["note"] not in (TIME_IS_UP, NO_MEMORY)]
     return not failed

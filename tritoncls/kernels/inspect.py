@@ -228,7 +228,7 @@ def print_report(
 ) -> None:
     "What `tritoncls kernels` does."
     made = report(targets or tuple(TARGETS))
+    if file is not None:
+        try: Path(file).write_text(json.dumps(made[0] if len(made) == 1 else made, indent=1) + "\n", encoding="utf-8")
+        except OSError as error: raise UserError(f"--json {str(file)!r}: cannot write there: {error}") from None
     print("\n\n".join(map(kernel_table, made)))
-    if file is None: return
-    try: Path(file).write_text(json.dumps(made[0] if len(made) == 1 else made, indent=1) + "\n", encoding="utf-8")
-    except OSError as error: raise UserError(f"--json {str(file)!r}: cannot write there: {error}") from None
