@@ -237,7 +237,7 @@ def stops(cfg, test_loader, resume=False): return [*default_hooks(cfg, test_load
         sharded = (tmp_path / "run/latest.pt").is_dir()
         assert sharded == (strategy == "fsdp" and world > 0)
     for name in ("dumped_model.safetensors", "dumped_ema_model.safetensors"):
-        assert_close(*(load_file(tmp_path / folder / name) for folder in ("run", "straight")), rtol=1e-12)
+        assert_close(*(load_file(tmp_path / folder / name) for folder in ("run", "straight")), rtol=1e-6)
     summaries = [json.loads((tmp_path / folder / "summary.json").read_text()) for folder in ("run", "straight")]
     assert [s["test_size"] for s in summaries] == [360, 360] and summaries[0]["world_size"] == 4
     assert abs(summaries[0]["acc1"] - summaries[1]["acc1"]) <= 100 / 360 + 1e-9

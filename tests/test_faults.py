@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 import torch
 
 from tritoncls.checkpoint import load_checkpoint
@@ -76,7 +77,7 @@ def alive(group: int) -> list[str]:
 def started(folder, *more, limit=100, **options):
     "A run in a process group of its own, which is empty afterwards."
     hears = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is deaf to it
-    run = subprocess.Popen(**command(folder, *more), preexec_fn=hears, **options)
+    run = subprocess.Popen(**command(folder, *more), **{"preexec_fn": hears} | options)
     try:
         yield run
         run.communicate(timeout=limit) if run.returncode is None else None
@@ -104,7 +105,10 @@ def signalled(folder, number, step, *more):
     return run.returncode, err
 
 
-def weights(folder): return [(folder / f"dumped_{name}.safetensors").read_bytes() for name in ("model", "ema_model")]
+def weights(folder):
+    "Tensors as bytes; the header beside them names the run's own hooks."
+    files = [load_file(folder / f"dumped_{name}.safetensors") for name in ("model", "ema_model")]
+    return [{name: tensor.numpy().tobytes() for name, tensor in file.items()} for file in files]
 
 
 @pytest.mark.timeout(300)
