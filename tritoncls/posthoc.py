@@ -8,7 +8,6 @@ __all__ = ['power_profile_dot', 'posthoc_weights', 'posthoc_error', 'Snapshot', 
 
 # %% ../nbs/25_posthoc.ipynb #ff8186f7
 import json
-import os
 from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from .ema import ModelEma
+from .files import write_atomically
 from .runtime import UserError
 from .schedules import momentum_schedule, sigma_rel_to_gamma
 
@@ -120,17 +120,8 @@ def save_snapshot(
     snapshot: Snapshot,
 ) -> None:
     "Write a snapshot; the same content gives the same bytes."
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     header = {"tritoncls": json.dumps({"step": int(snapshot.step), "sigma_rel": float(snapshot.sigma_rel)})}
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(snapshot.state, temporary, header)
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(Path(path), lambda temporary: save_file(snapshot.state, temporary, header))
 
 # %% ../nbs/25_posthoc.ipynb #1ced7de1
 def load_snapshot(path: Path | str) -> Snapshot:
