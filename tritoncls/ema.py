@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROUNDINGS', 'alpha_table', 'alpha_at', 'local', 'address', 'Places', 'places', 'fingerprint', 'named_tensors',
-           'copied', 'chosen', 'ModelEma', 'Prepared', 'matched', 'follow', 'prepare', 'joint_schedule', 'update_emas',
-           'update_on_device', 'update_from_host', 'stage', 'ema_blend_']
+           'copied', 'chosen', 'ModelEma', 'Prepared', 'matched', 'follow', 'followed', 'check_together', 'prepare',
+           'joint_schedule', 'update_emas', 'update_on_device', 'update_from_host', 'stage', 'ema_blend_']
 
 # %% ../nbs/22_ema.ipynb #ca4b7e16
 import copy
@@ -270,35 +270,49 @@ def follow(ema: ModelEma, name: str, e: torch.Tensor, p: torch.Tensor) -> None:
     if e.device == device and (e.stride() == p.stride() or not is_dense(p)): return
     e.data = torch.empty_like(p, dtype=e.dtype, device=device).copy_(e)
 
+
+def followed(ema: ModelEma, params: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    "The shadows of the parameters, and all that belongs to them, where they should be."
+    pairs = dict(zip(params, matched(ema, params), strict=True))
+    for name, (e, p) in pairs.items(): follow(ema, name, e, p)
+    shadows = {name: local(e).detach() for name, (e, _) in pairs.items()}
+    ema.compensation = {name: c.to(shadows[name].device) for name, c in ema.compensation.items()}
+    if ema.capturable: ema.count = ema.count.to(next(iter(shadows.values())).device)
+    return list(shadows.values())
+
+
+def check_together(emas: Sequence[ModelEma]) -> None:
+    "An error if these averages cannot be updated in one pass."
+    first = emas[0]
+    if any(ema.model is not first.model for ema in emas):
+        raise UserError("averages of different models cannot be updated together")
+    if first.capturable and len({ema.steps for ema in emas}) > 1:
+        raise UserError("averages that count on the device can be updated together only if they have seen equally many steps")
+    if len({(ema.capturable, ema.rounding, ema.backend, ema.device) for ema in emas}) > 1:
+        raise UserError("averages updated together need the same capturable, rounding, backend and device")
+    if any(ema.averaged != first.averaged for ema in emas):
+        raise UserError("averages updated together need the same include and exclude")
+
 # %% ../nbs/22_ema.ipynb #2e0576f6
 @torch.no_grad()
 def prepare(emas: Sequence[ModelEma]) -> Prepared:
     "Match, check and plan."
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise UserError("tensors were moved since the last update: update once more before a graph is captured")
-    model, first = emas[0].model, emas[0]
-    if any(ema.model is not model for ema in emas): raise UserError("averages of different models cannot be updated together")
-    if first.capturable and len({ema.steps for ema in emas}) > 1:
-        raise UserError("averages that count on the device can be updated together only if they have seen equally many steps")
-    kinds = {(ema.capturable, ema.rounding, ema.backend, ema.device) for ema in emas}
-    if len(kinds) > 1: raise UserError("averages updated together need the same capturable, rounding, backend and device")
-    params = named_tensors(places(model))
-    for ema in emas:
-        for name, (e, p) in zip(params, matched(ema, params), strict=True): follow(ema, name, e, p)
-        if ema.averaged != first.averaged: raise UserError("averages updated together need the same include and exclude")
-        ema.compensation = {name: c.to(local(ema.tensors()[name]).device) for name, c in ema.compensation.items()}
-        if ema.capturable: ema.count = ema.count.to(local(ema.tensors()[next(iter(params))]).device)
-    shadows = [[local(e) for e, _ in matched(ema, params)] for ema in emas]
+    check_together(emas)
+    first, model = emas[0], places(emas[0].model)
+    params = named_tensors(model)
+    shadows = [followed(ema, params) for ema in emas]
     ps, staged = [local(p).detach() for p in params.values()], []
     if any(p.device != e.device for p, e in zip(ps, shadows[0], strict=True)):
         staged = [(p, torch.empty_like(p, device=e.device, pin_memory=p.is_cuda)) for p, e in zip(ps, shadows[0], strict=True)]
         ps = [copy for _, copy in staged]
     zeros = lambda ema, es: [ema.compensation.get(name, e) for name, e in zip(params, es, strict=True)]
     plan = make_plan(
-        [[e.detach() for e in es] for es in shadows], ps, resolve_backend(first.backend, ps[0]), names=list(params),
+        shadows, ps, resolve_backend(first.backend, ps[0]), names=list(params),
         copied=[name not in first.averaged for name in params],
         compensation=[zeros(ema, es) for ema, es in zip(emas, shadows, strict=True)] if first.rounding == "compensated" else ())
-    where = [places(model), *(places(ema.module)._replace(dicts=[], parts=[]) for ema in emas)]
+    where = [model, *(places(ema.module)._replace(dicts=[], parts=[]) for ema in emas)]
     return Prepared(where, [fingerprint(w) for w in where], plan, joint_schedule(emas) if first.capturable else None, staged)
 
 
