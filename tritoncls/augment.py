@@ -7,7 +7,7 @@ __all__ = ['Transform', 'EIGENVALUES', 'EIGENVECTORS', 'NOISE', 'interpolation',
            'simple_augment', 'lighting', 'to_levels', 'check_channels', 'color_augment', 'rgb_order', 'auto_augment',
            'rand_augment', 'random_operation', 'draw_affine', 'affine', 'turned', 'random_affine', 'erase_box',
            'random_erasing', 'train_transform', 'test_transform', 'Mixing', 'draw_boxes', 'draw_mixing', 'mix',
-           'to_device', 'Preprocess']
+           'Preprocess']
 
 # %% ../nbs/30_augment.ipynb #ceab9224
 import math
@@ -280,16 +280,6 @@ def mix(
     target = target.to(how.lam.dtype)
     return mixed, target.lerp(target[partner], 1 - how.lam[:, None])
 
-
-def to_device(
-    how: Mixing,           # of arrays
-    device: torch.device,
-) -> Mixing:               # of fp32 tensors
-    "Send all numbers at once; the host does not wait."
-    numbers = torch.from_numpy(np.stack(how).astype(np.float32))                # (7, N)
-    if device.type == "cuda": numbers = numbers.pin_memory()
-    return Mixing(*numbers.to(device, non_blocking=True))
-
 # %% ../nbs/30_augment.ipynb #2ed5fabc
 class Preprocess(nn.Module):
     "uint8 batches to normalised, mixed fp32 on the device that holds this module."
@@ -313,13 +303,27 @@ class Preprocess(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | MixedTarget]:  # (N, C, H, W) fp32 and the target, on the device
         "Move a batch to the device, normalise it there, and mix it where the configuration says so."
         self.check(images, target)
-        device = self.mean.device
-        images, target = (t.to(device, non_blocking=True) for t in (images, target))
+        return self.on_device(images, target, None if rng is None else self.draw(images, rng))
+
+    def draw(self, images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor | None:  # (7, N) fp32 on the host
+        "The numbers of a batch's `Mixing`; None if the configuration mixes nothing."
+        if not self.mixes: return None
+        how = draw_mixing(len(images), images.shape[-2:], self.mixup, rng)
+        numbers = torch.from_numpy(np.stack(how).astype(np.float32))
+        return numbers.pin_memory() if self.mean.is_cuda else numbers
+
+    def on_device(
+        self,
+        images: torch.Tensor,                   # (N, C, H, W) uint8, anywhere; RGB or grey
+        target: torch.Tensor,                   # (N,) class ids or (N, C) dense, anywhere
+        numbers: torch.Tensor | None = None,    # (7, N) fp32, anywhere; None: nothing is mixed
+    ) -> tuple[torch.Tensor, torch.Tensor | MixedTarget]:
+        "Normalised and mixed with numbers that have been drawn."
+        images, target = (t.to(self.mean.device, non_blocking=True) for t in (images, target))
         if self.bgr: images = images.flip(1)
         samples = (images.to(torch.float32, memory_format=self.layout) - self.mean) / self.std
-        if rng is not None and self.mixes:
-            how = draw_mixing(len(images), images.shape[-2:], self.mixup, rng)
-            samples, target = mix(samples, target, to_device(how, device))
+        if numbers is not None:
+            samples, target = mix(samples, target, Mixing(*numbers.to(self.mean.device, non_blocking=True)))
         return samples.contiguous(memory_format=self.layout), target
 
     def check(self, images: torch.Tensor, target: torch.Tensor) -> None:

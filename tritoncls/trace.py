@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRAPH_OPTIMIZERS', 'WARM_UP', 'check_trace', 'Compiled', 'explained', 'warn_once', 'first_lines', 'DeviceSolver',
-           'CudaRecorder', 'Replay', 'mixing_numbers', 'traced', 'replay']
+           'CudaRecorder', 'Replay', 'traced', 'replay']
 
 # %% ../nbs/45_trace.ipynb #3ff954de
 import time
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from .augment import Mixing, draw_mixing, mix
 from .config import Config
 from .ema import fingerprint, places
 from .kernels.rows import Target
@@ -175,7 +174,8 @@ class Replay:
         t, began = self.trainer, time.perf_counter()
         images, target = t._next_batch()
         t.preprocess.check(images, target)
-        batch = [images, target, *mixing_numbers(t, images)]
+        numbers = t.preprocess.draw(images, t.mixing_rng())
+        batch = [images, target, *([] if numbers is None else [numbers])]
         if t.progress.iter == 1 and self.where not in (None, self.addresses()): self.forget()
         fits = self.fill(batch)
         loaded = time.perf_counter()
@@ -214,12 +214,7 @@ class Replay:
     def work(self, batch: list[torch.Tensor]) -> torch.Tensor:  # (number of meters,)
         "From a batch on the host or the device to the numbers for the meters."
         t = self.trainer
-        images, target, *numbers = batch
-        samples, target = t.preprocess(images, target)
-        if numbers:
-            samples, target = mix(samples, target, Mixing(*numbers[0].to(t.device)))
-            samples = samples.contiguous(memory_format=t.preprocess.layout)
-        logged = t.model_step(samples, target)
+        logged = t.model_step(*t.preprocess.on_device(*batch))
         self.names = tuple(logged)
         return torch.stack([scalar(name, value) for name, value in logged.items()])
 
@@ -232,15 +227,6 @@ class Replay:
         state = [x.data_ptr() for tensors in t.solver.optimizer.state.values() for x in tensors.values()
                  if isinstance(x, torch.Tensor)]
         return [number for module in modules for number in fingerprint(places(module))] + state
-
-
-def mixing_numbers(trainer: ClsTrainer, images: torch.Tensor) -> list[torch.Tensor]:  # (7, N) on the host, or none
-    "How this iteration's images are mixed, drawn as `Preprocess` draws it."
-    pre = trainer.preprocess
-    if not pre.mixes: return []
-    how = draw_mixing(len(images), images.shape[-2:], pre.mixup, trainer.mixing_rng())
-    numbers = torch.stack([torch.from_numpy(part).float() for part in how])
-    return [numbers.pin_memory() if trainer.device.type == "cuda" else numbers]
 
 # %% ../nbs/45_trace.ipynb #c91bf9b6
 def traced(
