@@ -25,19 +25,20 @@ from typer.core import TyperCommand
 
 from .augment import Preprocess
 from .bench import bench
-from .checkpoint import merge_weights, previous, write_text
+from .checkpoint import merge_weights, previous
 from .config import Config, Section, dotted_keys, dump_yaml, load_config
 from .data import build_dataloaders
-from .distributed import from_first, own_device, parallel, process_group, rank, recorded, restarts, world_size
+from .distributed import from_first, own_device, parallel, process_group, recorded, restarts
 from .evaluate import Accuracy, evaluate, per_class_accuracy, plot_confusion
 from .faults import FAILED, MISTAKE, failure_line, interruptible, watched
+from .files import write_text
 from .hooks import CONFIG, LATEST, LOG, output_folder
 from .kernels.inspect import print_report
 from .kernels.machine_code import TARGETS
 from .models import build_model, check_fits
 from .predict import class_names, load_model, predict, weights_config
 from .registry import registers
-from .runtime import UserError, pick_device, seed_everything
+from .runtime import UserError, pick_device, rank, seed_everything, world_size
 from .solver import build_solver
 from .trace import check_trace, traced
 from .trainer import BaseTrainer

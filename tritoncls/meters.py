@@ -16,7 +16,7 @@ from numbers import Real
 import torch
 import torch.distributed as dist
 
-from .runtime import UserError
+from .runtime import UserError, world_size
 
 # %% ../nbs/24_meters.ipynb #479c6249
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def mean_over_processes(
     values: torch.Tensor,  # (n,) floating, the same n in every process
 ) -> torch.Tensor:         # (n,)
     "The mean over all processes; `values` itself where there is one process, or where its backend does not reach the device."
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return values
+    if world_size() == 1: return values
     if values.device.type == "cpu" and dist.get_backend() == "nccl": return values
     dist.all_reduce(values)
-    return values / dist.get_world_size()
+    return values / world_size()
 
 
 def to_host(

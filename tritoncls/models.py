@@ -24,7 +24,7 @@ from torch import nn
 from .config import Config
 from .optimizers import classifier, few, regex
 from .registry import lookup, registers
-from .runtime import UserError, bare
+from .runtime import UserError, bare, evaluating
 
 # %% ../nbs/32_models.ipynb #ffec2c89
 def conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -245,10 +245,8 @@ def check_fits(
     cfg: Config,       # sections preprocess, test, model; num_classes
 ) -> None:
     "The model takes images of the training's and of the test's size, and gives (N, num_classes) logits."
-    modes = [(module, module.training) for module in model.modules()]
     device, channels = next(model.parameters()).device, len(cfg.preprocess.img_mean)
-    model.eval()
-    try:
+    with evaluating(model):
         for size in sorted({cfg.preprocess.img_size, cfg.test.img_size}):
             try: logits = model(torch.zeros(1, channels, size, size, device=device))
             except Exception as error:
@@ -257,5 +255,3 @@ def check_fits(
             if isinstance(logits, torch.Tensor) and logits.shape != (1, cfg.num_classes):
                 raise UserError(f"model.name = {cfg.model.name!r}: its output is {tuple(logits.shape)} for one image; "
                                 f"num_classes = {cfg.num_classes} needs (1, {cfg.num_classes})")
-    finally:
-        for module, mode in modes: module.training = mode

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .runtime import UserError, unwrapped
+from .runtime import UserError, evaluating, in_group, unwrapped, world_size
 
 # %% ../nbs/33_precise_bn.ipynb #008a53e2
 class PooledMoments:
@@ -42,7 +42,7 @@ class PooledMoments:
 
     def over_processes(self) -> None:
         "Pool what the processes have taken in."
-        if not (dist.is_available() and dist.is_initialized()): return
+        if not in_group(): return
         count, mean = self.count.clone(), self.count * self.mean
         dist.all_reduce(count)
         dist.all_reduce(mean)
@@ -70,13 +70,11 @@ def batch_statistics(
     norms: Sequence[_BatchNorm],   # layers in them
 ) -> Iterator[None]:
     "Inside, `norms` normalise with the batch and record nothing; everything else is in evaluation mode."
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules: module.eval()
-    for norm in norms: norm.training, norm.track_running_stats = True, False
-    try: yield
-    finally:
-        for norm in norms: norm.track_running_stats = True
-        for part, mode in modes: part.training = mode
+    with evaluating(*modules):
+        for norm in norms: norm.training, norm.track_running_stats = True, False
+        try: yield
+        finally:
+            for norm in norms: norm.track_running_stats = True
 
 # %% ../nbs/33_precise_bn.ipynb #20c64fe8
 @torch.no_grad()
@@ -106,7 +104,7 @@ def precise_batch_norm(
 
 
 def _run(modules: list[nn.Module], batches: Iterable[torch.Tensor], num_samples: int) -> int:
-    wanted = -(-num_samples // (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1))
+    wanted = -(-num_samples // world_size())
     seen, batches = 0, iter(batches)
     while seen < wanted and (batch := next(batches, None)) is not None:
         for module in modules: module(batch)

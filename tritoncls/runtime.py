@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['INTERPRETER', 'BACKENDS', 'UserError', 'switch_to_interpreter', 'resolve_backend', 'launching', 'pick_device',
-           'values_are_checked', 'checked', 'seed_everything', 'generator', 'unwrapped', 'bare']
+           'values_are_checked', 'checked', 'seed_everything', 'generator', 'in_group', 'rank', 'world_size',
+           'unwrapped', 'bare', 'evaluating']
 
 # %% ../nbs/00_runtime.ipynb #3cf9c309
 import os
 import random
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
 
 # %% ../nbs/00_runtime.ipynb #d508a8d0
 class UserError(ValueError):
@@ -98,12 +102,23 @@ def generator(
     "A generator whose numbers depend on the key alone."
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
+# %% ../nbs/00_runtime.ipynb #4aa49604
+def in_group() -> bool:
+    "Whether this process is one of a group that trains together."
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int: return dist.get_rank() if in_group() else 0
+
+
+def world_size() -> int: return dist.get_world_size() if in_group() else 1
+
 # %% ../nbs/00_runtime.ipynb #36a8c20d
 def unwrapped(
-    model: torch.nn.Module,  # perhaps inside of DistributedDataParallel or torch.compile
-) -> torch.nn.Module:
+    model: nn.Module,  # perhaps inside of DistributedDataParallel or torch.compile
+) -> nn.Module:
     "The model itself."
-    while isinstance(model, torch.nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
 
@@ -114,3 +129,15 @@ def bare(
     "A name without what wrappers put into it."
     while name.startswith(("module.", "_orig_mod.")): name = name.split(".", 1)[1]
     return name.replace("._orig_mod.", ".")
+
+# %% ../nbs/00_runtime.ipynb #8e71230c
+@contextmanager
+def evaluating(
+    *models: nn.Module,
+) -> Iterator[None]:
+    "Inside, the models are in evaluation mode; afterwards, and after an error, each part is in its own mode again."
+    modes = [(part, part.training) for model in models for part in model.modules()]
+    for model in models: model.eval()
+    try: yield
+    finally:
+        for part, mode in modes: part.training = mode
