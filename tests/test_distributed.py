@@ -45,6 +45,7 @@ class Saboteur(BaseHook):
     def before_iter(self):
         p, t = self.trainer.progress, self.trainer
         if (p.epoch, p.iter, t.rank) != (2, 2, 1) or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0": return
+        if os.environ["SABOTAGE"] == "terminate": return os.kill(os.getpid(), signal.SIGTERM)
         open("failed_at", "w").write(str(time.time()))
         if os.environ["SABOTAGE"] == "kill": os.kill(os.getpid(), signal.SIGKILL)
         raise ArithmeticError("rank 1 has had enough")
@@ -111,7 +112,8 @@ STEPS = """
 import sys, torch
 from tritoncls import cli
 from tritoncls.config import load_config, override
-from tritoncls.distributed import process_group, rank, whole
+from tritoncls.distributed import process_group, whole
+from tritoncls.runtime import rank
 base = load_config(overrides=sys.argv[2:])
 
 def steps(cfg, name):
@@ -193,6 +195,23 @@ def test_torchrun_restarts_from_the_last_checkpoint(strategy, tmp_path):
     trained(tmp_path, 2, *keys, "output_dir=run", "imports=[parts]", "hooks_name=Sabotaged", SABOTAGE="kill",
             torchrun=("--max-restarts", "1"))
     assert (tmp_path / "failed_at").exists()
+    for name in ("dumped_model.safetensors", "dumped_ema_model.safetensors"):
+        straight, run = (load_file(tmp_path / folder / name) for folder in ("straight", "run"))
+        assert all(torch.equal(straight[key], run[key]) for key in straight)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_that_were_told_to_leave_go_on_where_they_were(strategy, tmp_path):
+    "The signal reaches one process, in the middle of an epoch."
+    keys = [*QUICK, f"distributed.strategy={strategy}", "log_every_n_iter=3"]
+    trained(tmp_path, 2, *keys, "output_dir=straight")
+    ended = train(tmp_path, 2, *keys, "output_dir=run", "imports=[parts]", "hooks_name=Sabotaged", SABOTAGE="terminate")
+    assert ended.returncode and "SIGTERM: run/latest.pt holds the run up to 6 iterations of epoch 2" in ended.stderr
+    state = read_checkpoint(tmp_path / "run/latest.pt")
+    assert (state["epoch"], state["iter"], state["images"]) == (1, 6, 768)
+    trained(tmp_path, 2, "--resume", "output_dir=run", "hooks_name=DefaultHooks")
     for name in ("dumped_model.safetensors", "dumped_ema_model.safetensors"):
         straight, run = (load_file(tmp_path / folder / name) for folder in ("straight", "run"))
         assert all(torch.equal(straight[key], run[key]) for key in straight)
@@ -282,8 +301,9 @@ from pathlib import Path
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tritoncls.config import load_config
-from tritoncls.distributed import process_group, rank, shard
+from tritoncls.distributed import process_group, shard
 from tritoncls.ema import ModelEma
+from tritoncls.runtime import rank
 from tritoncls.sharded import read_sharded, save_sharded
 
 with process_group(load_config(overrides=["device=cpu"])):

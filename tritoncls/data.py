@@ -210,7 +210,7 @@ class Loader:
         whole = Batches(self._batches.data, self._batches.transform, replace=True)
         if mistake := whole[np.zeros((1, 2), np.int64)].mistake: raise mistake
 
-
+# %% ../nbs/31_data.ipynb #24ace4ba
 def release(loader: DataLoader) -> None:
     "Called when a `Loader` is gone, as the last to hold its workers: they end now, while their queues are open."
 

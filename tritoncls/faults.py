@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from .checkpoint import save_checkpoint, trainer_state, write_text
+from .checkpoint import finish_saving, save_trainer
 from .config import Config
+from .files import write_text
 from .logs import LATEST, BaseHook, output_folder
 from .meters import Reading, mean_over_processes, to_host
 from .runtime import UserError
@@ -67,9 +68,9 @@ class PreemptionHook(BaseHook):
         return before[0].item() > 0
 
     def leave(self, epochs: int, iterations: int) -> None:
-        state = trainer_state(self.trainer, epochs, iterations)
+        save_trainer(self.trainer, [self.path], epochs, iterations)
+        finish_saving(self.trainer)
         if self.leads:
-            save_checkpoint(self.path, state)
             where = f"{iterations} iterations of epoch {epochs + 1}" if iterations else f"epoch {epochs}"
             print(f"SIGTERM: {self.path} holds the run up to {where}; --resume goes on", file=sys.stderr, flush=True)
         raise Preempted(PREEMPTED)
@@ -85,7 +86,7 @@ def interruptible(
     "Inside this context, an interrupt ends the program with one line and code 130."
     try: yield
     except KeyboardInterrupt:
-        there = (folder / LATEST).is_file()
+        there = (folder / LATEST).exists()
         print("interrupted" + f"; --resume output_dir={folder} goes on from the last checkpoint" * there, file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
 
@@ -131,7 +132,7 @@ class NanHook(BaseHook):
         raise NotFinite(f"the loss was inf or nan {self.limit} times in a row, from {first} to {last}; "
                         f"{self.path} lists the images of these batches")
 
-
+# %% ../nbs/47_faults.ipynb #9b5fe81f
 def batch_content(
     trainer: Any,
     epoch: int,              # from 1

@@ -17,17 +17,16 @@ import torch
 from torch import nn
 
 from .checkpoint import (
-    load_checkpoint, prediction_metadata, previous, restore, save_checkpoint, save_weights, share_place, trainer_state,
-    weights_metadata, write_text)
+    finish_saving, load_checkpoint, prediction_metadata, restore, save_trainer, save_weights, share_place, weights_metadata)
 from .config import Config
-from .distributed import is_sharded, whole
+from .distributed import whole
 from .evaluate import Accuracy, evaluate
+from .files import write_text
 from .logs import (
     CONFIG, LATEST, LOG, SUMMARY, BaseHook, LoggerHook, TensorboardHook, epochs_done, output_folder, read_log)
 from .precise_bn import precise_batch_norm
 from .registry import registers
 from .schedules import lr_schedule, plot_momentum
-from .sharded import save_sharded
 
 _all_ = [CONFIG, LATEST, LOG, SUMMARY, BaseHook, LoggerHook, TensorboardHook, epochs_done, output_folder, read_log]
 
@@ -81,36 +80,24 @@ class ResumeHook(BaseHook):
 
 class CheckpointHook(BaseHook):
     "Saves the run after every epoch, a copy to keep now and then, and the weights at the end."
-    def __init__(self, cfg: Config): self.folder, self.every, self.saving = output_folder(cfg), cfg.save_every_n_epoch, None
+    def __init__(self, cfg: Config): self.folder, self.every = output_folder(cfg), cfg.save_every_n_epoch
 
     def before_train(self) -> None:
-        if self.trainer.progress.current_iter == 0: self.save([LATEST], epoch=0)
+        if self.trainer.progress.current_iter == 0: save_trainer(self.trainer, [self.folder / LATEST], epoch=0)
 
     def after_epoch(self) -> None:
         epoch = self.trainer.progress.epoch
-        self.save([LATEST] if epoch % self.every else [LATEST, f"epoch{epoch}.pt"], epoch)
+        names = [LATEST] if epoch % self.every else [LATEST, f"epoch{epoch}.pt"]
+        save_trainer(self.trainer, [self.folder / name for name in names], epoch)
 
     def after_train(self) -> None:
-        self.wait()
+        finish_saving(self.trainer)
         self.dump("dumped_model.safetensors", self.trainer.model)
         if self.trainer.ema: self.dump("dumped_ema_model.safetensors", self.trainer.ema.module)
 
     def dump(self, name: str, module: nn.Module) -> None:
         module = whole(module)
         if self.leads: save_weights(self.folder / name, module, **prediction_metadata(self.trainer))
-
-    def save(self, names: list[str], epoch: int) -> None:
-        self.wait()
-        state, paths = trainer_state(self.trainer, epoch), [self.folder / name for name in names]  # by all processes
-        if is_sharded(self.trainer.model):
-            self.saving = save_sharded([(path, previous(path)) for path in paths], state)
-        elif self.leads:
-            for path in paths: save_checkpoint(path, state)
-
-    def wait(self) -> None:
-        "Until what is saved in the background is complete."
-        if self.saving: self.saving.result()
-        self.saving = None
 
 # %% ../nbs/43_hooks.ipynb #9d8d9253
 BEST = {"model": "best_model.safetensors", "ema": "best_ema_model.safetensors"}

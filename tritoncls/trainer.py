@@ -177,7 +177,7 @@ class ClsTrainer(BaseTrainer):
         self.classes = tuple(getattr(dataloader, "classes", ()))
         self.results: dict[str, Any] = {}  # of the last evaluation, by "model" and "ema"
         self.best: dict[str, float] = {}   # highest top-1 accuracy so far, by the same names
-        self.seconds = 0.0
+        self.seconds, self.saving = 0.0, None  # of training; the checkpoint that is being written in the background
 
     def train(self) -> None:
         "Train all epochs of the configuration."
@@ -190,7 +190,7 @@ class ClsTrainer(BaseTrainer):
         self._batches = rest_of_epoch(self.dataloader, self.progress.iter - 1)
         train_mode(self.model)
         if self.rank:  # dropout of its own
-            torch.manual_seed(generator(self.cfg.seed, self.progress.epoch, self.rank).initial_seed())
+            torch.manual_seed(generator(self.cfg.seed, self.rank, self.progress.epoch, self.progress.iter).initial_seed())
 
     def after_epoch(self) -> None:
         self._batches = None
