@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,7 +78,7 @@ def alive(group: int) -> list[str]:
 def started(folder, *more, limit=100, **options):
     "A run in a process group of its own, which is empty afterwards."
     hears = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is deaf to it
-    run = subprocess.Popen(**command(folder, *more), **{"preexec_fn": hears} | options)
+    run = subprocess.Popen(**command(folder, *more) | {"preexec_fn": hears} | options)
     try:
         yield run
         run.communicate(timeout=limit) if run.returncode is None else None
@@ -95,14 +96,26 @@ def finished(folder, *more, **options):
     return run.returncode, out, err
 
 
-def signalled(folder, number, step, *more):
+def signalled(folder, number, step, *more, send=os.kill):
     "A run that gets a signal after an iteration, counted from 0: exit code and stderr."
     with started(folder, "hooks_name=Saying", *more) as run:
         for line in run.stdout:
             if line == f"at {step}\n": break
-        run.send_signal(number)
+        send(run.pid, number)
         _, err = run.communicate(timeout=60)
     return run.returncode, err
+
+
+def group_of_one():
+    "The environment of a process that torchrun has started alone."
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]))
+
+
+def largest(path):
+    "Bytes of a file, or of the largest one in a folder."
+    return max(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def weights(folder):
@@ -112,9 +125,10 @@ def weights(folder):
 
 
 @pytest.mark.timeout(300)
-def test_a_run_that_is_told_to_leave_saves_the_iteration(tmp_path):
-    "SIGTERM in the second epoch."
-    code, err = signalled(tmp_path / "run", signal.SIGTERM, 14)
+@pytest.mark.parametrize("send", [os.kill, pytest.param(os.killpg, marks=pytest.mark.slow)])
+def test_a_run_that_is_told_to_leave_saves_the_iteration(send, tmp_path):
+    "SIGTERM in the second epoch, to the run alone, or to the processes that read for it, too."
+    code, err = signalled(tmp_path / "run", signal.SIGTERM, 14, f"data.num_workers={2 * (send is os.killpg)}", send=send)
     assert code == PREEMPTED == 143 and err.startswith("SIGTERM: ") and "Traceback" not in err
     state = load_checkpoint(tmp_path / "run" / "latest.pt")
     assert state["epoch"] == 1 and state["iter"] in (4, 6, 8) and f"{state['iter']} iterations of epoch 2" in err
@@ -161,17 +175,20 @@ def test_a_reader_that_dies_ends_the_run_with_a_line(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_a_full_disk_ends_the_run_with_a_line_and_the_checkpoint_stays(tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_full_disk_ends_the_run_with_a_line_and_the_checkpoint_stays(strategy, tmp_path):
     "The limit on the size of a file lets the first checkpoint through; the next one holds the optimizer's momentum, too."
     def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[0], sizes[0]))
-    assert finished(tmp_path / "free", "solver.max_epoch=1")[0] == 0
-    sizes = [(tmp_path / "free" / name).stat().st_size for name in ("latest.previous.pt", "latest.pt")]
+    def ended(folder, *more, **options): return finished(folder, *more, f"distributed.strategy={strategy}", env=env, **options)
+    env = command(tmp_path / "run")["env"] | (group_of_one() if strategy == "fsdp" else {})
+    assert ended(tmp_path / "free", "solver.max_epoch=1")[0] == 0
+    sizes = [largest(tmp_path / "free" / name) for name in ("latest.previous.pt", "latest.pt")]
     assert sizes[0] < sizes[1]
-    code, _, err = finished(tmp_path / "run", preexec_fn=limit)
+    code, _, err = ended(tmp_path / "run", preexec_fn=limit)
     assert code == 1 and "Traceback" not in err
-    assert err.startswith(f"error: {tmp_path}/run/latest.pt could not be written: ") and "File too large" in err
+    assert f"error: {tmp_path}/run/latest.pt could not be written: " in err and "File too large" in err
     assert load_checkpoint(tmp_path / "run" / "latest.pt")["epoch"] == 0
-    assert not list((tmp_path / "run").glob(".*")) and finished(tmp_path / "run", "--resume")[0] == 0
+    assert not list((tmp_path / "run").glob(".*")) and ended(tmp_path / "run", "--resume")[0] == 0
 
 
 @pytest.mark.slow

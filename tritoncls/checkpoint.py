@@ -308,7 +308,9 @@ def weights_metadata(
 ) -> dict[str, Any]:         # empty if there is no such file
     "What is known of weights besides the tensors: `cfg`, `classes`, and what else `save_weights` was given."
     if not path.exists(): return {}
-    if path.suffix != ".safetensors": return {name: read_checkpoint(path)[name] for name in ("cfg", "classes")}
+    if path.suffix != ".safetensors":
+        state = read_checkpoint(path)
+        return {name: state[name] for name in ("cfg", "classes")}
     try:
         with safetensors.safe_open(str(path), "pt") as file: header = file.metadata() or {}
     except safetensors.SafetensorError as error: raise UserError(f"the weights {path} are damaged: {error}") from error
@@ -323,6 +325,7 @@ def merge_weights(
 ) -> None:
     "Write the weights of a checkpoint into one file."
     if file.suffix != ".safetensors": raise UserError(f"{file}: the name of the weights needs to end in .safetensors")
+    if not file.parent.is_dir(): raise UserError(f"{file}: there is no folder {file.parent}")
     part = ("ema", "module") if ema else ("model",)
     place = lambda path, tensor: torch.empty_like(tensor, device="cpu") if path[:len(part)] == part else tensor
     state = read_checkpoint(checkpoint, place=place)

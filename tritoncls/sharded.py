@@ -74,8 +74,11 @@ def give_names(
 ) -> None:
     "Put a folder in its place, under several names if need be."
     for name, _ in names[1:]:
+        twin = name.with_name(f".{name.name}.tmp")
+        remove(twin)
+        shutil.copytree(written, twin, copy_function=second_name)
         remove(name)
-        shutil.copytree(written, name, copy_function=second_name)
+        os.replace(twin, name)
     path, aside = names[0]
     if path.exists() and aside is not None:
         remove(aside)
@@ -87,6 +90,7 @@ def give_names(
 def reason(error: BaseException) -> str:
     "What went wrong, without the traceback that torch.distributed.checkpoint makes of it."
     for inner, _ in getattr(error, "failures", {}).values(): error = inner
+    if isinstance(error.__context__, OSError): error = error.__context__
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
@@ -107,14 +111,16 @@ def save_sharded(
     plain = replaced(state, lambda _, tensor: without_numbers(tensor))
 
     def finish():
-        try: writing.result()
-        except (Exception, CheckpointException) as error:
-            raise OSError(f"{names[0][0]} could not be written: {reason(error)}") from error
-        if rank() == 0:
+        try:
+            writing.result()
+            if rank(): return
             with open(temporary / "state.pt", "wb") as file:
                 torch.save(plain, file)
                 os.fsync(file.fileno())
             give_names(temporary, names)
+        except (Exception, CheckpointException) as error:
+            if rank() == 0: remove(temporary)
+            raise OSError(f"{names[0][0]} could not be written: {reason(error)}") from error
 
     done = pool.submit(finish)
     pool.shutdown(wait=False)

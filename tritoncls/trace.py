@@ -18,7 +18,7 @@ from .config import Config
 from .ema import fingerprint, places
 from .kernels.rows import Target
 from .meters import scalar
-from .runtime import UserError
+from .runtime import UserError, in_group
 from .solver import STATIC_SCALE, Solver
 from .trainer import ClsTrainer, micro_batch
 
@@ -32,8 +32,8 @@ def check_trace(
     world_size: int = 1,   # processes that share a step
 ) -> None:
     "An error if this run cannot be traced as the configuration says."
-    if cfg.trace != "off" and world_size > 1:
-        raise UserError(f"trace = {cfg.trace!r} is for one process at present, and there are {world_size}; allowed: off")
+    if cfg.trace != "off" and (world_size > 1 or in_group()):
+        raise UserError(f"trace = {cfg.trace!r} is for a run without torchrun at present; allowed here: off")
     if cfg.trace != "graph": return
     if device.type != "cuda":
         raise UserError(f"trace = 'graph' needs a GPU, and the device is {device}; allowed here: off, compile")
@@ -147,7 +147,7 @@ class CudaRecorder:
     ) -> Callable[[], torch.Tensor]:        # the replay
         "Note the launches of the work, without doing it."
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream): result = work()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"): result = work()
 
         def replay():
             graph.replay()
