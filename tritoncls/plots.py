@@ -83,7 +83,7 @@ def _join(elements: Iterable[ElementTree.Element], marks: dict[str, tuple[float,
 
 # %% ../nbs/03_plots.ipynb #2231ab14
 def _shorten(text: str) -> str:
-    root, classes = ElementTree.fromstring(re.sub(r' transform="rotate\(-0 [^"]*"', "", text)), {}  # upright as it is
+    root, classes = ElementTree.fromstring(re.sub(r' transform="rotate\(-0 [^"]*"', "", text)), {}  # text is upright anyway
     marks = _axis_marks(root)
     _unwrap(root)
     for parent in [*root.iter()]: parent[:] = _join(parent, marks)
