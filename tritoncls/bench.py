@@ -114,7 +114,7 @@ def print_rows(rows: Sequence[Row], first: dict[tuple[str, str], float]) -> None
         base = first.setdefault((row.bench, row.case), row.us) if row.us else None
         print(table_line(row, base and base / row.us), flush=True)
 
-
+# %% ../nbs/51_bench.ipynb #f16df865
 def write_result(result: dict, file: Path, part: str = "all") -> Path:
     "Write a result as JSON, a row a line; in a folder under a name made of device, date and part."
     words = f"{result['device']} {result['date']}" + ("" if part == "all" else f" {part}")
@@ -125,7 +125,7 @@ def write_result(result: dict, file: Path, part: str = "all") -> Path:
     except OSError as error: raise UserError(f"--json {str(file)!r}: cannot write there: {error}") from None
     return path
 
-
+# %% ../nbs/51_bench.ipynb #90d235b1
 def bench(
     part: str = "all",         # "ema", "step", "loss", "tune" or "all"
     device: str = "auto",      # "auto", "cpu", "cuda", "cuda:1"

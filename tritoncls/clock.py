@@ -74,7 +74,7 @@ def lead_us(host: float, waiting: bool) -> float:
     "How long the device sleeps before a call that takes the host so long."
     return 0 if waiting else min(1.5 * host + 20, MOST_LEAD)
 
-
+# %% ../nbs/48_clock.ipynb #b623f0fb
 def device_us(
     call: Callable[[], Any],
     lead: float = 20,     # microseconds that the device sleeps first; 0: the call waits for the device anyway

@@ -214,7 +214,7 @@ class GradClipConfig(Section):
         if not self.lower < self.upper: raise ValueError("lower needs to be less than upper")
         return self
 
-
+# %% ../nbs/01_config.ipynb #4beb84fd
 class SolverConfig(Section):
     name: str = key("DefaultSolver", "registered solver")
     optimizer: str = key("sgd", "sgd, adam, adamw, lamb, lars")
@@ -247,7 +247,7 @@ class SolverConfig(Section):
             raise ValueError("lr_schedule rel_exp needs lr_min_factor greater than 0")
         return self
 
-
+# %% ../nbs/01_config.ipynb #f31b0291
 class ModelEmaConfig(Section):
     enabled: bool = key(False, "keep an exponential moving average of the model")
     momentum: Finite = key(0.9999, "weight of the old average in an update", ge=0, le=1)
@@ -263,7 +263,7 @@ class ModelEmaConfig(Section):
         if self.alpha is not None and self.schedule is not None: raise ValueError("allowed is one of alpha and schedule")
         return self
 
-
+# %% ../nbs/01_config.ipynb #02bae744
 class AmpConfig(Section):
     enabled: bool = key(False, "forward and loss under autocast")
     dtype: Literal["bfloat16", "float16"] = key("bfloat16", "autocast's 16-bit type; float16 scales the loss")
@@ -398,7 +398,7 @@ def assign(
         if not isinstance(values, dict): raise UserError(f"{assignment!r}: {group!r} is a value, not a group of keys")
     values[last] = read_yaml(text, assignment)
 
-
+# %% ../nbs/01_config.ipynb #a4037def
 def load_config(
     path: str | Path | None = None,   # a YAML file; None: the Digits configuration inside the package
     overrides: Iterable[str] = (),    # assignments, "a.b=c"
@@ -413,7 +413,7 @@ def load_config(
     for assignment in overrides: assign(values, assignment)
     return make_config(values)
 
-
+# %% ../nbs/01_config.ipynb #c90a995d
 def override(
     cfg: Config,        # stays as it is
     *assignments: str,  # "a.b=c"

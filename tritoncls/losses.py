@@ -53,7 +53,7 @@ class AccuracyLoss(nn.Module):
 
     def extra_repr(self) -> str: return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
+# %% ../nbs/20_losses.ipynb #659cbd71
 @registers.losses.register("CrossEntropy")
 class CrossEntropyLoss(AccuracyLoss):
     "Cross-entropy; a drop-in for `torch.nn.CrossEntropyLoss`."
@@ -71,7 +71,7 @@ class CrossEntropyLoss(AccuracyLoss):
             cross_entropy, dict(weight=weight), ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, z_loss=z_loss, backend=backend)
 
-
+# %% ../nbs/20_losses.ipynb #86ddbc07
 @registers.losses.register("BinaryCrossEntropy")
 class BinaryCrossEntropyLoss(AccuracyLoss):
     "Binary cross-entropy with logits; a drop-in for `torch.nn.BCEWithLogitsLoss` that takes class ids too."
@@ -178,7 +178,7 @@ def _linear_backward(ctx, g):
 
 padded_linear_op.register_autograd(_linear_backward, setup_context=_keep_linear)
 
-
+# %% ../nbs/20_losses.ipynb #c0927570
 class PaddedLinear(nn.Linear):
     "A linear layer whose output rows are padded to a multiple of eight elements in memory."
     def forward(self, x: torch.Tensor) -> torch.Tensor:

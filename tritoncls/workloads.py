@@ -300,7 +300,7 @@ class Training(NamedTuple):
     params: list[torch.Tensor]     # and floating buffers
     autocast: Callable[[], Any]
 
-
+# %% ../nbs/49_workloads.ipynb #1472b0a8
 def small_network() -> nn.Module:
     "Convolutions for images of 32 pixels."
     layers, c_in = [], 3
@@ -319,7 +319,7 @@ def resnet50() -> nn.Module:
     from torchvision.models import resnet50
     return resnet50()
 
-
+# %% ../nbs/49_workloads.ipynb #275f2a0f
 def training(
     network: Callable[[], nn.Module],
     N: int,                  # images of a batch
