@@ -16,15 +16,15 @@ from typing import NamedTuple
 
 import torch
 
-from ..runtime import UserError, launching
+from ..runtime import UserError
 from .rows import (
-    TARGET_SCHEMA, TILES, Parts, Target, add_up, at_class, at_field, check_logits, check_target, check_topk, inside_row,
-    kernel_backend, last_to_arrive, launch_rows, load_parts, load_target, load_tile, plan_arguments, plan_rows,
-    row_layout, rows_contiguous, take_field, target_arguments, target_parts, tile_at)
+    TARGET_SCHEMA, TILES, Parts, Target, add_up, at_field, check_logits, check_target, check_topk, inside_row,
+    kernel_backend, last_to_arrive, launch_rows, launch_tiles, load_class_ids, load_target, load_tile, plan_rows,
+    row_layout, rows_contiguous, store_part, store_sums, sum_parts, take_field, target_parts, tile_at)
 from .rank import clamp_topk, count_ahead, empty_counts, rank_rows, ranks_of, sum_hits
 from .cross_entropy import (
-    CPU_BLOCK, HALF_TILES, REDUCTIONS, LossOutput, accumulated, empty_gradient, gradient_constants, keep_nothing, loss_output,
-    no_second_derivative, scaled_gradient, smoothed)
+    CPU_BLOCK, HALF_TILES, REDUCTIONS, LossOutput, accumulated, coefficients, empty_gradient, gradient_constants, keep_nothing,
+    loss_output, no_second_derivative, scaled_gradient, smoothed, store_counts)
 
 import triton
 import triton.language as tl
@@ -90,12 +90,8 @@ def binary_tile(
     C: tl.constexpr, STRIDE: tl.constexpr, PEEL: tl.constexpr,
 ):
     inside = inside_row(col, row, N, C, PEEL)
-    t = inside.to(tl.float32) * off
-    if KIND == "dense":
-        at = offset
-        if D_STRIDE != STRIDE: at = row.to(tl.int64)[:, None] * D_STRIDE + col
-        t += tl.load(d_ptr + at, mask=inside, other=0.0).to(tl.float32) * on
-    else:
+    t = coefficients(d_ptr, w_ptr, offset, col, row, N, on, off, KIND, False, D_STRIDE, STRIDE, PEEL, C)
+    if KIND != "dense":
         t += tl.where(col == y[:, None], (share * on)[:, None], 0.0)
         if KIND == "mixed": t += tl.where(col == y2[:, None], ((1.0 - share) * on)[:, None], 0.0)
     if THRESHOLD: t = (t > threshold).to(tl.float32)
@@ -147,10 +143,9 @@ def binary_cross_entropy_kernel(
     tile = tl.program_id(0)
     while tile * ROWS < N:
         row = tile * ROWS + tl.arange(0, ROWS)  # (ROWS,)
-        y, y2, share, valid = load_target(
-            y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, -1, KIND, LAM_STRIDE, D_STRIDE, C, ROWS, BLOCK)
+        y, y2, t, t2, share, valid = load_target(
+            x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, -1, KIND, LAM_STRIDE, D_STRIDE, C, STRIDE, ROWS, BLOCK)
         valid = row < N
-        t, t2 = at_class(x_ptr, row, y, N, STRIDE, C), at_class(x_ptr, row, y2, N, STRIDE, C)
         row_loss, bad = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
         ahead, ahead2 = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
         for i in range(0, CHUNK, BLOCK):
@@ -172,33 +167,28 @@ def binary_cross_entropy_kernel(
             sums += binary_rows(row_loss, bad, ahead, ahead2, t, t2, share, valid, row, N, loss_ptr, rank_ptr,
                                 KIND, ROW_LOSS, TOPK, FIELDS, C)
         else:
-            part = parts_ptr + row * SPLITS + split
-            tl.store(part, row_loss, mask=row < N)
-            tl.store(part + N * SPLITS, bad, mask=row < N)
-            tl.store(part + 2 * N * SPLITS, ahead, mask=row < N)
-            tl.store(part + 3 * N * SPLITS, ahead2, mask=row < N)
+            store_part(parts_ptr, 0, row_loss, row, N, SPLITS)
+            store_part(parts_ptr, 1, bad, row, N, SPLITS)
+            store_part(parts_ptr, 2, ahead, row, N, SPLITS)
+            store_part(parts_ptr, 3, ahead2, row, N, SPLITS)
         tile += tl.num_programs(0)
-    if SPLITS == 1: tl.store(sums_ptr + tl.program_id(0) * FIELDS + tl.arange(0, FIELDS), tl.sum(sums, 0))
+    if SPLITS == 1: store_sums(sums_ptr, sums, FIELDS)
 
     if last_to_arrive(arrivals_ptr):
         if SPLITS == 1:
             total = add_up(sums_ptr, PROGRAMS, FIELDS)
         else:
             row = tl.arange(0, SPLIT_ROWS)
-            y, y2, share, valid = load_target(
-                y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, -1, KIND, LAM_STRIDE, D_STRIDE, C, SPLIT_ROWS, BLOCK)
-            t, t2 = at_class(x_ptr, row, y, N, STRIDE, C), at_class(x_ptr, row, y2, N, STRIDE, C)
-            row_loss = tl.sum(load_parts(parts_ptr, 0, row, N, 0.0, SPLITS, SPLIT_COLS), 1)
-            bad = tl.sum(load_parts(parts_ptr, 1, row, N, 0.0, SPLITS, SPLIT_COLS), 1)
-            ahead = tl.sum(load_parts(parts_ptr, 2, row, N, 0.0, SPLITS, SPLIT_COLS), 1)
-            ahead2 = tl.sum(load_parts(parts_ptr, 3, row, N, 0.0, SPLITS, SPLIT_COLS), 1)
+            y, y2, t, t2, share, valid = load_target(
+                x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, -1, KIND, LAM_STRIDE, D_STRIDE, C, STRIDE, SPLIT_ROWS, BLOCK)
+            row_loss = sum_parts(parts_ptr, 0, row, N, SPLITS, SPLIT_COLS)
+            bad = sum_parts(parts_ptr, 1, row, N, SPLITS, SPLIT_COLS)
+            ahead = sum_parts(parts_ptr, 2, row, N, SPLITS, SPLIT_COLS)
+            ahead2 = sum_parts(parts_ptr, 3, row, N, SPLITS, SPLIT_COLS)
             total = tl.sum(binary_rows(row_loss, bad, ahead, ahead2, t, t2, share, row < N, row, N, loss_ptr, rank_ptr,
                                        KIND, ROW_LOSS, TOPK, FIELDS, C), 0)
-        K: tl.constexpr = len(TOPK)
-        field = tl.arange(0, FIELDS)
-        tl.store(correct_ptr + field, total.to(correct_ptr.dtype.element_ty), mask=field < K)
-        tl.store(counts_ptr + field - K, total.to(tl.int64), mask=(field >= K) & (field < K + 2))
-        if not EACH_LOSS and not ROW_LOSS: tl.store(loss_ptr, take_field(total, K + 2, FIELDS) * factor)
+        store_counts(correct_ptr, counts_ptr, total, TOPK, FIELDS)
+        if not EACH_LOSS and not ROW_LOSS: tl.store(loss_ptr, take_field(total, len(TOPK) + 2, FIELDS) * factor)
 
 
 @triton.jit
@@ -211,12 +201,7 @@ def binary_cross_entropy_backward_kernel(
     DX_EDGE: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
-    if KIND == "dense":
-        y, share = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.float32)
-        y2 = y
-    else:
-        y, y2, share, valid = load_target(
-            y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, -1, KIND, LAM_STRIDE, D_STRIDE, C, ROWS, BLOCK)
+    y, y2, share, valid = load_class_ids(y_ptr, y2_ptr, lam_ptr, row, N, -1, KIND, LAM_STRIDE, ROWS)
     start = tl.program_id(1) * BLOCK
     offset, col = tile_at(row, start, STRIDE, PEEL, BLOCK)
     x = load_tile(x_ptr, offset, col, row, start, N, C, EDGE, PEEL, ROWS, BLOCK)
@@ -347,17 +332,11 @@ def binary_cross_entropy_backward_op(
     if len(logits) == 0: return dx
     x, parts = rows_contiguous(logits), Parts(y1, y2, lam, dense)
     options = BinaryOptions(weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk)
-    edge, _ = row_layout(x)
-    plan = plan_rows(len(x), edge)
-    pointers, constants = target_arguments(parts, len(x))
-    shape = {name: value for name, value in plan_arguments(x, plan).items()
-             if name in ("C", "STRIDE", "EDGE", "PEEL", "ROWS", "BLOCK", "num_warps", "maxnreg")}
     g_row, g_col = (g.stride() if g.ndim == 2 else (g.stride(0), 0)) if g.ndim else (0, 0)
-    with launching(x):
-        binary_cross_entropy_backward_kernel[(triton.cdiv(len(x), plan.rows), triton.cdiv(edge, plan.block))](
-            x, *pointers, weight, pos_weight, g, dx, len(x), *smoothed(label_smoothing, x.shape[1]),
-            target_threshold or 0.0, factor_of(x, options), G_ROW=g_row, G_COL=g_col,
-            **binary_constants(parts, options), **constants, **shape, **gradient_constants(x, dx))
+    launch_tiles(
+        binary_cross_entropy_backward_kernel, x, parts, (weight, pos_weight, g, dx),
+        (*smoothed(label_smoothing, x.shape[1]), target_threshold or 0.0, factor_of(x, options)),
+        G_ROW=g_row, G_COL=g_col, **binary_constants(parts, options), **gradient_constants(x, dx))
     return dx
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CPU_BLOCK', 'SCHEMA', 'cross_entropy_op', 'ONE_LOAD', 'HALF_TILES', 'BOTH_SCHEMA', 'REDUCTIONS', 'Options',
            'smoothed', 'dense_of', 'cross_entropy_reference', 'coefficients', 'class_coefficient', 'take_in',
-           'finish_rows', 'finish_sums', 'store_gradient', 'cross_entropy_kernel', 'join_parts',
+           'finish_rows', 'store_counts', 'finish_sums', 'store_gradient', 'cross_entropy_kernel', 'join_parts',
            'cross_entropy_backward_kernel', 'scales', 'accumulated', 'rows_torch', 'block_torch', 'valid_rows',
            'block_ranks', 'empty_results', 'empty_gradient', 'gradient_constants', 'torch_results', 'launch_forward',
            'forward', 'cross_entropy_backward_op', 'no_second_derivative', 'keep_nothing', 'EagerCrossEntropy',
@@ -19,11 +19,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..runtime import UserError, launching, values_are_checked
-from .rows import (
-    TARGET_SCHEMA, Parts, Target, add_up, all_inside, at_class, at_field, check_logits, check_target, check_topk,
-    inside_row, kernel_backend, last_to_arrive, launch_rows, load_parts, load_target, load_tile, plan_arguments,
-    plan_rows, row_layout, rows_contiguous, take_field, target_arguments, target_parts, tile_at)
+from ..runtime import UserError, values_are_checked
+from tritoncls.kernels.rows import (
+    TARGET_SCHEMA, Parts, Target, add_up, all_inside, at_field, check_logits, check_target, check_topk, inside_row,
+    kernel_backend, last_to_arrive, launch_rows, launch_tiles, load_class_ids, load_parts, load_target, load_tile,
+    plan_rows, row_layout, rows_contiguous, store_hits, store_sums, sum_parts, take_field,
+    target_parts, tile_at)
 from .rank import clamp_topk, count_ahead, empty_counts, rank_beside, rank_rows, ranks_of, sum_hits
 
 import triton
@@ -165,14 +166,19 @@ def finish_rows(
 
 
 @triton.jit
+def store_counts(correct_ptr, counts_ptr, total, TOPK: tl.constexpr, FIELDS: tl.constexpr):
+    store_hits(correct_ptr, total, TOPK, FIELDS)
+    i = tl.arange(0, FIELDS) - len(TOPK)
+    tl.store(counts_ptr + i, total.to(tl.int64), mask=(i >= 0) & (i < 2))
+
+
+@triton.jit
 def finish_sums(
     total, loss_ptr, correct_ptr, counts_ptr, scale_ptr, z_loss,
     REDUCTION: tl.constexpr, GRAD: tl.constexpr, TOPK: tl.constexpr, FIELDS: tl.constexpr,
 ):
     K: tl.constexpr = len(TOPK)
-    field = tl.arange(0, FIELDS)
-    tl.store(correct_ptr + field, total.to(correct_ptr.dtype.element_ty), mask=field < K)
-    tl.store(counts_ptr + field - K, total.to(tl.int64), mask=(field >= K) & (field < K + 2))
+    store_counts(correct_ptr, counts_ptr, total, TOPK, FIELDS)
     per_weight, per_row = 1.0, z_loss
     if REDUCTION == "mean":
         per_weight = 1.0 / take_field(total, K + 3, FIELDS)
@@ -226,9 +232,8 @@ def cross_entropy_kernel(
     tile = tl.program_id(0)
     while tile * ROWS < N:
         row = tile * ROWS + tl.arange(0, ROWS)  # (ROWS,)
-        y, y2, share, valid = load_target(
-            y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, ROWS, BLOCK)
-        t, t2 = at_class(x_ptr, row, y, N, STRIDE, C), at_class(x_ptr, row, y2, N, STRIDE, C)
+        y, y2, t, t2, share, valid = load_target(
+            x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, STRIDE, ROWS, BLOCK)
         m, shift = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
         total, mass, dot = tl.zeros_like(shift), tl.zeros_like(shift), tl.zeros_like(shift)
         ahead, ahead2 = tl.zeros_like(shift), tl.zeros_like(shift)
@@ -267,7 +272,7 @@ def cross_entropy_kernel(
                             x, offset, col, row, dx_ptr, d_ptr, w_ptr, y, y2, share, valid, shift, log_sum, mass, a, b,
                             N, on, off, KIND, WEIGHTED, SPREAD, D_STRIDE, C, STRIDE, PEEL, DX_STRIDE, DX_EDGE)
         else:
-            part = parts_ptr + row * SPLITS + split
+            part = parts_ptr + row * SPLITS + split  # `store_part` costs two registers here
             tl.store(part, m, mask=row < N)
             tl.store(part + N * SPLITS, total, mask=row < N)
             tl.store(part + 2 * N * SPLITS, mass, mask=row < N)
@@ -275,16 +280,16 @@ def cross_entropy_kernel(
             tl.store(part + 4 * N * SPLITS, ahead, mask=row < N)
             tl.store(part + 5 * N * SPLITS, ahead2, mask=row < N)
         tile += tl.num_programs(0)
-    if SPLITS == 1: tl.store(sums_ptr + tl.program_id(0) * FIELDS + tl.arange(0, FIELDS), tl.sum(sums, 0))
+    if SPLITS == 1: store_sums(sums_ptr, sums, FIELDS)
 
     if last_to_arrive(arrivals_ptr):
         if SPLITS == 1:
             total = add_up(sums_ptr, PROGRAMS, FIELDS)
         else:
             row = tl.arange(0, SPLIT_ROWS)
-            y, y2, share, valid = load_target(
-                y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, SPLIT_ROWS, BLOCK)
-            t, t2 = at_class(x_ptr, row, y, N, STRIDE, C), at_class(x_ptr, row, y2, N, STRIDE, C)
+            y, y2, t, t2, share, valid = load_target(
+                x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, STRIDE,
+                SPLIT_ROWS, BLOCK)
             m, total, mass, dot, ahead, ahead2 = join_parts(parts_ptr, row, N, SPLITS, SPLIT_COLS)
             total = tl.sum(finish_rows(
                 m, total, mass, dot, ahead, ahead2, t, y, t2, y2, share, valid, row, N, on, z_loss,
@@ -298,13 +303,11 @@ def join_parts(parts_ptr, row, N, SPLITS: tl.constexpr, SPLIT_COLS: tl.constexpr
     total = load_parts(parts_ptr, 1, row, N, 0.0, SPLITS, SPLIT_COLS)
     mass = load_parts(parts_ptr, 2, row, N, 0.0, SPLITS, SPLIT_COLS)
     dot = load_parts(parts_ptr, 3, row, N, 0.0, SPLITS, SPLIT_COLS)
-    ahead = load_parts(parts_ptr, 4, row, N, 0.0, SPLITS, SPLIT_COLS)
-    ahead2 = load_parts(parts_ptr, 5, row, N, 0.0, SPLITS, SPLIT_COLS)
     top = tl.max(m, 1)
     shift = tl.where(top == float("-inf"), 0.0, top)[:, None]
     old_shift = tl.where(m == float("-inf"), 0.0, m)
     return (top, tl.sum(total * tl.exp(m - shift), 1), tl.sum(mass, 1), tl.sum(dot + mass * (old_shift - shift), 1),
-            tl.sum(ahead, 1), tl.sum(ahead2, 1))
+            sum_parts(parts_ptr, 4, row, N, SPLITS, SPLIT_COLS), sum_parts(parts_ptr, 5, row, N, SPLITS, SPLIT_COLS))
 
 
 @triton.jit
@@ -315,12 +318,7 @@ def cross_entropy_backward_kernel(
     PEEL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DX_STRIDE: tl.constexpr, DX_EDGE: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
-    if KIND == "dense":
-        y, share, valid = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.float32), row < N
-        y2 = y
-    else:
-        y, y2, share, valid = load_target(
-            y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, ROWS, BLOCK)
+    y, y2, share, valid = load_class_ids(y_ptr, y2_ptr, lam_ptr, row, N, ignore_index, KIND, LAM_STRIDE, ROWS)
     shift = tl.load(stats_ptr + row, mask=row < N, other=0.0)
     log_sum = tl.load(stats_ptr + N + row, mask=row < N, other=0.0)
     mass = tl.load(stats_ptr + 2 * N + row, mask=row < N, other=0.0)
@@ -542,17 +540,11 @@ def cross_entropy_backward_op(g, logits, stats, scale, y1, y2, lam, dense, weigh
     if len(logits) == 0: return dx
     x, parts = rows_contiguous(logits), Parts(y1, y2, lam, dense)
     on, off = smoothed(label_smoothing, x.shape[1])
-    edge, peel = row_layout(x)
-    plan = plan_rows(len(x), edge)
-    pointers, constants = target_arguments(parts, len(x))
     weight = None if weight is None else weight.contiguous()
-    shape = {name: value for name, value in plan_arguments(x, plan).items()
-             if name in ("C", "STRIDE", "EDGE", "PEEL", "ROWS", "BLOCK", "num_warps", "maxnreg")}
-    with launching(x):
-        cross_entropy_backward_kernel[(triton.cdiv(len(x), plan.rows), triton.cdiv(edge, plan.block))](
-            x, *pointers, weight, stats, scale, g.contiguous(), dx, len(x), on, off, ignore_index,
-            G_STRIDE=int(g.ndim == 1), WEIGHTED=weight is not None, SPREAD=off > 0 or parts.kind == "dense",
-            **constants, **shape, **gradient_constants(x, dx))
+    launch_tiles(
+        cross_entropy_backward_kernel, x, parts, (weight, stats, scale, g.contiguous(), dx), (on, off, ignore_index),
+        G_STRIDE=int(g.ndim == 1), WEIGHTED=weight is not None, SPREAD=off > 0 or parts.kind == "dense",
+        **gradient_constants(x, dx))
     return dx
 
 

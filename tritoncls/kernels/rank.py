@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
-from tritoncls.kernels.rows import (
-    TARGET_SCHEMA, Parts, Target, add_up, at_class, check_logits, check_target, check_topk, hits, kernel_backend,
-    last_to_arrive, launch_rows, load_parts, load_target, load_tile, plan_rows, row_layout, rows_contiguous, target_parts,
-    tile_at)
+from .rows import (
+    TARGET_SCHEMA, Parts, Target, add_up, check_logits, check_target, check_topk, hits, kernel_backend, last_to_arrive,
+    launch_rows, load_target, load_tile, plan_rows, row_layout, rows_contiguous, store_hits, store_part, store_sums,
+    sum_parts, target_parts, tile_at)
 
 import triton
 import triton.language as tl
@@ -75,9 +75,8 @@ def rank_kernel(
     tile = tl.program_id(0)
     while tile * ROWS < N:
         row = tile * ROWS + tl.arange(0, ROWS)  # (ROWS,)
-        y, y2, share, valid = load_target(
-            y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, ROWS, BLOCK)
-        t, t2 = at_class(x_ptr, row, y, N, STRIDE, C), at_class(x_ptr, row, y2, N, STRIDE, C)
+        y, y2, t, t2, share, valid = load_target(
+            x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, STRIDE, ROWS, BLOCK)
         ahead, ahead2 = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
         for i in range(0, CHUNK, BLOCK):
             offset, col = tile_at(row, split * CHUNK + i, STRIDE, PEEL, BLOCK)
@@ -87,25 +86,24 @@ def rank_kernel(
         if SPLITS == 1:
             sums += rank_rows(ahead, ahead2, t, t2, share, valid, rank_ptr, row, N, KIND, TOPK, FIELDS, C)
         else:
-            tl.store(parts_ptr + row * SPLITS + split, ahead, mask=row < N)
-            tl.store(parts_ptr + (N + row) * SPLITS + split, ahead2, mask=row < N)
+            store_part(parts_ptr, 0, ahead, row, N, SPLITS)
+            store_part(parts_ptr, 1, ahead2, row, N, SPLITS)
         tile += tl.num_programs(0)
-    if SPLITS == 1: tl.store(sums_ptr + tl.program_id(0) * FIELDS + tl.arange(0, FIELDS), tl.sum(sums, 0))
+    if SPLITS == 1: store_sums(sums_ptr, sums, FIELDS)
 
     if last_to_arrive(arrivals_ptr):
         if SPLITS == 1:
             total = add_up(sums_ptr, PROGRAMS, FIELDS)
         else:
             row = tl.arange(0, SPLIT_ROWS)
-            y, y2, share, valid = load_target(
-                y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, SPLIT_ROWS, BLOCK)
-            t, t2 = at_class(x_ptr, row, y, N, STRIDE, C), at_class(x_ptr, row, y2, N, STRIDE, C)
-            ahead = tl.sum(load_parts(parts_ptr, 0, row, N, 0.0, SPLITS, SPLIT_COLS), 1)
-            ahead2 = tl.sum(load_parts(parts_ptr, 1, row, N, 0.0, SPLITS, SPLIT_COLS), 1)
+            y, y2, t, t2, share, valid = load_target(
+                x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, STRIDE,
+                SPLIT_ROWS, BLOCK)
+            ahead = sum_parts(parts_ptr, 0, row, N, SPLITS, SPLIT_COLS)
+            ahead2 = sum_parts(parts_ptr, 1, row, N, SPLITS, SPLIT_COLS)
             total = tl.sum(rank_rows(
                 ahead, ahead2, t, t2, share, valid, rank_ptr, row, N, KIND, TOPK, FIELDS, C), 0)
-        field = tl.arange(0, FIELDS)
-        tl.store(correct_ptr + field, total.to(correct_ptr.dtype.element_ty), mask=field < len(TOPK))
+        store_hits(correct_ptr, total, TOPK, FIELDS)
 
 # %% ../../nbs/10_rank.ipynb #bb7305f0
 def clamp_topk(topk: Sequence[int], n_classes: int) -> tuple[int, ...]: return tuple(min(k, n_classes) for k in topk)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Target', 'TARGET_SCHEMA', 'TILES', 'MAX_PROGRAMS', 'FEW_PROGRAMS', 'LEAST_TILE', 'LEAST_SPLIT', 'PEEL_FROM',
-           'REGISTERS', 'MixedTarget', 'Parts', 'target_parts', 'tile_at', 'inside_row', 'load_tile', 'load_target',
-           'dense_argmax', 'at_class', 'hits', 'at_field', 'take_field', 'last_to_arrive', 'add_up', 'load_parts',
-           'Plan', 'plan_rows', 'arrivals', 'row_layout', 'rows_contiguous', 'target_arguments', 'plan_arguments',
-           'launch_rows', 'check_logits', 'check_target', 'check_class_ids', 'all_inside', 'check_lam', 'check_topk',
+           'REGISTERS', 'MixedTarget', 'Parts', 'target_parts', 'tile_at', 'inside_row', 'load_tile', 'load_class_ids',
+           'dense_argmax', 'at_class', 'load_target', 'hits', 'at_field', 'take_field', 'store_sums', 'last_to_arrive',
+           'add_up', 'store_hits', 'store_part', 'load_parts', 'sum_parts', 'Plan', 'plan_rows', 'arrivals',
+           'row_layout', 'rows_contiguous', 'target_arguments', 'tile_arguments', 'plan_arguments', 'launch_rows',
+           'launch_tiles', 'check_logits', 'check_target', 'check_class_ids', 'all_inside', 'check_lam', 'check_topk',
            'kernel_backend']
 
 # %% ../../nbs/09_rows.ipynb #f835265b
@@ -93,15 +94,13 @@ def load_tile(
 
 # %% ../../nbs/09_rows.ipynb #8009849f
 @triton.jit
-def load_target(
-    y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index,
-    KIND: tl.constexpr, LAM_STRIDE: tl.constexpr, D_STRIDE: tl.constexpr, C: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def load_class_ids(
+    y_ptr, y2_ptr, lam_ptr, row, N, ignore_index, KIND: tl.constexpr, LAM_STRIDE: tl.constexpr, ROWS: tl.constexpr,
 ):
     there = row < N
     share = tl.full([ROWS], 1.0, tl.float32)
     if KIND == "dense":
-        y = dense_argmax(d_ptr, row, N, D_STRIDE, C, ROWS, BLOCK)
+        y = tl.zeros([ROWS], tl.int32)
         return y, y, share, there
     else:
         y = tl.load(y_ptr + row, mask=there, other=0).to(tl.int32)
@@ -133,6 +132,19 @@ def at_class(x_ptr, row, y, N, STRIDE: tl.constexpr, C: tl.constexpr):
     at = row.to(tl.int64) * STRIDE + tl.where(known, y, 0)
     return tl.load(x_ptr + at, mask=known, other=float("nan")).to(tl.float32)
 
+
+@triton.jit
+def load_target(
+    x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index,
+    KIND: tl.constexpr, LAM_STRIDE: tl.constexpr, D_STRIDE: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    y, y2, share, valid = load_class_ids(y_ptr, y2_ptr, lam_ptr, row, N, ignore_index, KIND, LAM_STRIDE, ROWS)
+    if KIND == "dense":
+        y = dense_argmax(d_ptr, row, N, D_STRIDE, C, ROWS, BLOCK)
+        y2 = y
+    return y, y2, at_class(x_ptr, row, y, N, STRIDE, C), at_class(x_ptr, row, y2, N, STRIDE, C), share, valid  # (ROWS,) each
+
 # %% ../../nbs/09_rows.ipynb #a6a0d017
 @triton.jit
 def hits(rank, share, TOPK: tl.constexpr, FIELDS: tl.constexpr):
@@ -150,6 +162,11 @@ def at_field(values, i: tl.constexpr, FIELDS: tl.constexpr):
 @triton.jit
 def take_field(total, i: tl.constexpr, FIELDS: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, FIELDS) == i, total, 0.0), 0)
+
+
+@triton.jit
+def store_sums(sums_ptr, sums, FIELDS: tl.constexpr):
+    tl.store(sums_ptr + tl.program_id(0) * FIELDS + tl.arange(0, FIELDS), tl.sum(sums, 0))
 
 
 @triton.jit
@@ -173,11 +190,27 @@ def add_up(sums_ptr, PROGRAMS: tl.constexpr, FIELDS: tl.constexpr):
 
 
 @triton.jit
+def store_hits(correct_ptr, total, TOPK: tl.constexpr, FIELDS: tl.constexpr):
+    field = tl.arange(0, FIELDS)
+    tl.store(correct_ptr + field, total.to(correct_ptr.dtype.element_ty), mask=field < len(TOPK))
+
+
+@triton.jit
+def store_part(parts_ptr, field, part, row, N, SPLITS: tl.constexpr):
+    tl.store(parts_ptr + (field * N + row) * SPLITS + tl.program_id(1), part, mask=row < N)
+
+
+@triton.jit
 def load_parts(parts_ptr, field, row, N, other, SPLITS: tl.constexpr, SPLIT_COLS: tl.constexpr):
     split = tl.arange(0, SPLIT_COLS)
     there = (row < N)[:, None] & (split < SPLITS)[None, :]
     at = (field * N + row)[:, None] * SPLITS + split[None, :]
     return tl.load(parts_ptr + at, mask=there, other=other, cache_modifier=".cg")  # (SPLIT_ROWS, SPLIT_COLS)
+
+
+@triton.jit
+def sum_parts(parts_ptr, field, row, N, SPLITS: tl.constexpr, SPLIT_COLS: tl.constexpr):
+    return tl.sum(load_parts(parts_ptr, field, row, N, 0.0, SPLITS, SPLIT_COLS), 1)  # (SPLIT_ROWS,)
 
 # %% ../../nbs/09_rows.ipynb #821f7d38
 TILES = (  # classes up to, elements of a tile, warps
@@ -258,17 +291,25 @@ def target_arguments(
         D_STRIDE=0 if dense is None else dense.stride(0))
 
 
+def tile_arguments(
+    x: torch.Tensor,          # (N, C), neighbours in a row next to each other
+    plan: Plan,
+) -> dict:                    # compile-time constants
+    "What a kernel has to know about the layout of the logits and the tiles."
+    edge, peel = row_layout(x)
+    return dict(
+        C=x.shape[1], STRIDE=x.stride(0), EDGE=edge, PEEL=peel, ROWS=plan.rows, BLOCK=plan.block,
+        **(dict(num_warps=plan.warps // 2) if torch.version.hip else  # AMD's have 64 threads
+           dict(num_warps=plan.warps, maxnreg=min(REGISTERS, 2048 // plan.warps))))
+
+
 def plan_arguments(
     x: torch.Tensor,          # (N, C), neighbours in a row next to each other
     plan: Plan,
 ) -> dict:                    # compile-time constants
-    "What a kernel has to know about the layout of the logits and its plan."
-    edge, peel = row_layout(x)
-    return dict(
-        C=x.shape[1], STRIDE=x.stride(0), EDGE=edge, PEEL=peel, ROWS=plan.rows, BLOCK=plan.block, CHUNK=plan.chunk,
-        SPLITS=plan.splits, PROGRAMS=MAX_PROGRAMS,
-        **(dict(num_warps=plan.warps // 2) if torch.version.hip else  # AMD's have 64 threads
-           dict(num_warps=plan.warps, maxnreg=min(REGISTERS, 2048 // plan.warps))),
+    "What a kernel has to know besides if its programs walk over tiles and share rows."
+    return tile_arguments(x, plan) | dict(
+        CHUNK=plan.chunk, SPLITS=plan.splits, PROGRAMS=MAX_PROGRAMS,
         SPLIT_ROWS=triton.next_power_of_2(len(x)) if plan.splits > 1 else 1,
         SPLIT_COLS=triton.next_power_of_2(plan.splits))
 
@@ -294,6 +335,23 @@ def launch_rows(
         kernel[(programs, plan.splits)](
             x, *pointers, *arguments, room, room, arrivals(x.device), len(x), *numbers, FIELDS=fields,
             **target_constants, **plan_arguments(x, plan), **constants)
+
+
+def launch_tiles(
+    kernel,                 # takes logits, target, arguments, N, numbers
+    x: torch.Tensor,        # (N, C) logits, neighbours in a row next to each other, N at least 1
+    parts: Parts,           # of the target
+    arguments: tuple,       # pointers of this kernel's own
+    numbers: tuple,         # numbers of this kernel's own
+    **constants,            # compile-time constants of this kernel's own
+) -> None:
+    "Launch a kernel that has a program for each tile of the logits."
+    edge, _ = row_layout(x)
+    plan = plan_rows(len(x), edge)
+    pointers, target_constants = target_arguments(parts, len(x))
+    with launching(x):
+        kernel[(triton.cdiv(len(x), plan.rows), triton.cdiv(edge, plan.block))](
+            x, *pointers, *arguments, len(x), *numbers, **target_constants, **tile_arguments(x, plan), **constants)
 
 # %% ../../nbs/09_rows.ipynb #f6c8540e
 def check_logits(logits: torch.Tensor) -> None:
