@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BINARY_SCHEMA', 'BinaryOptions', 'binary_target', 'binary_cross_entropy_reference', 'softplus_of_minus_abs',
            'binary_tile', 'binary_rows', 'binary_cross_entropy_kernel', 'binary_cross_entropy_backward_kernel',
-           'factor_of', 'binary_torch', 'binary_shares', 'empty_binary', 'binary_constants', 'launch_binary',
+           'factor_of', 'binary_shares', 'binary_torch', 'empty_binary', 'binary_constants', 'launch_binary',
            'binary_cross_entropy_op', 'binary_cross_entropy_backward_op', 'binary_both',
            'binary_cross_entropy_and_grad_op', 'binary_cross_entropy_and_grad_inplace_op', 'binary_options',
            'broadcast_weight', 'binary_cross_entropy', 'binary_cross_entropy_and_grad']
@@ -40,7 +40,7 @@ class BinaryOptions(NamedTuple):
     reduction: str = "mean"                 # "none", "mean" or "sum"
     topk: tuple[int, ...] = (1, 5)          # each k of the accuracy
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #e9f7a5be
 def binary_target(
     parts: Parts,             # of the target; rows may be a block
     options: BinaryOptions,
@@ -56,7 +56,7 @@ def binary_target(
         if parts.y2 is not None: t.scatter_add_(1, parts.y2[:, None].long(), on * (1 - share))
     return t if options.target_threshold is None else (t > options.target_threshold).to(x.dtype)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #8efb3ce5
 def binary_cross_entropy_reference(
     logits: torch.Tensor,     # (N, C)
     target: Target,           # class ids in [0, C), dense, or mixed
@@ -81,7 +81,7 @@ def softplus_of_minus_abs(e):  # log(1 + e) for e = exp(-|x|)
     series = 1 / 5 + q * (1 / 7 + q * series)
     return 2.0 * r * (1.0 + q * (1 / 3 + q * series))
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #48d30201
 @triton.jit
 def binary_tile(
     x, offset, col, row, y, y2, share, d_ptr, w_ptr, v_ptr, N, on, off, threshold,
@@ -125,7 +125,7 @@ def binary_rows(
     sums += at_field(valid, K, FIELDS) + at_field((bad > 0.0) & valid, K + 1, FIELDS)
     return sums + at_field(tl.where(valid, loss, 0.0), K + 2, FIELDS)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #fce17a37
 @triton.jit
 def binary_cross_entropy_kernel(
     x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, w_ptr, v_ptr, loss_ptr, correct_ptr, counts_ptr, rank_ptr, scale_ptr, dx_ptr,
@@ -190,7 +190,7 @@ def binary_cross_entropy_kernel(
         store_counts(correct_ptr, counts_ptr, total, TOPK, FIELDS)
         if not EACH_LOSS and not ROW_LOSS: tl.store(loss_ptr, take_field(total, len(TOPK) + 2, FIELDS) * factor)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #c2d64841
 @triton.jit
 def binary_cross_entropy_backward_kernel(
     x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, w_ptr, v_ptr, g_ptr, dx_ptr, N, on, off, threshold, factor,
@@ -222,6 +222,20 @@ def factor_of(logits: torch.Tensor, options: BinaryOptions) -> float:
     return 1 / count if count else float("nan")
 
 
+def binary_shares(x, block, at, options):
+    "Weights of the two terms of each loss; a row whose class id is out of range is NaN."
+    C = x.shape[1]
+    known = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for y in block[:2]:
+        if y is not None: known &= (y >= 0) & (y < C)
+    safe = Parts(*(None if y is None else y.where(known, 0) for y in block[:2]), block.lam, block.dense)
+    t = binary_target(safe, options, x).masked_fill(~known[:, None], float("nan"))
+    no, yes = 1 - t, t
+    if options.pos_weight is not None: yes = yes * options.pos_weight[at].to(x.dtype)
+    if options.weight is not None: no, yes = (share * options.weight[at].to(x.dtype) for share in (no, yes))
+    return no, yes
+
+# %% ../../nbs/12_binary_cross_entropy.ipynb #1da6bc96
 def binary_torch(logits, parts, options, gradient=None, gradient_factor=1.0):
     "Loss, hits, counts and ranks, and the gradient, in PyTorch."
     (N, C), dtype = logits.shape, accumulated(logits)
@@ -249,20 +263,6 @@ def binary_torch(logits, parts, options, gradient=None, gradient_factor=1.0):
     if options.reduction != "none": loss = loss.sum() * factor_of(logits, options)
     return loss, sum_hits(rank, parts.lam, options.topk), counts, rank
 
-
-def binary_shares(x, block, at, options):
-    "Weights of the two terms of each loss; a row whose class id is out of range is NaN."
-    C = x.shape[1]
-    known = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    for y in block[:2]:
-        if y is not None: known &= (y >= 0) & (y < C)
-    safe = Parts(*(None if y is None else y.where(known, 0) for y in block[:2]), block.lam, block.dense)
-    t = binary_target(safe, options, x).masked_fill(~known[:, None], float("nan"))
-    no, yes = 1 - t, t
-    if options.pos_weight is not None: yes = yes * options.pos_weight[at].to(x.dtype)
-    if options.weight is not None: no, yes = (share * options.weight[at].to(x.dtype) for share in (no, yes))
-    return no, yes
-
 # %% ../../nbs/12_binary_cross_entropy.ipynb #f8236013
 BINARY_SCHEMA = (f"Tensor logits, {TARGET_SCHEMA}, Tensor? weight, Tensor? pos_weight, float label_smoothing, "
                  "float? target_threshold, bool sum_classes, str reduction, int[] topk")
@@ -283,7 +283,7 @@ def binary_constants(parts: Parts, options: BinaryOptions) -> dict:
     return dict(W_ROW=w_row, W_COL=w_col, V_ROW=v_row, V_COL=v_col, WEIGHTED=options.weight is not None,
                 POS_WEIGHTED=options.pos_weight is not None, THRESHOLD=options.target_threshold is not None)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #15004ca9
 def launch_binary(logits, parts, options, results, scale=None, dx=None):
     "Launch the forward kernel; with `dx`, which may be the logits, it makes the gradient too."
     x, (loss, correct, counts, rank) = rows_contiguous(logits), results
@@ -297,7 +297,7 @@ def launch_binary(logits, parts, options, results, scale=None, dx=None):
         ROW_LOSS=loss.ndim == 1, GRAD=dx is not None, TOPK=options.topk,
         **(dict(DX_STRIDE=1, DX_EDGE=1) if dx is None else gradient_constants(x, dx)))
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #7ae774e8
 @torch.library.custom_op(
     "tritoncls::binary_cross_entropy", mutates_args=(),
     schema=f"({BINARY_SCHEMA}, str backend, bool keep_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -322,7 +322,7 @@ def _(logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_th
     gradient = logits.new_empty(logits.shape if keep_gradient else (0, logits.shape[1]), dtype=accumulated(logits))
     return *empty_binary(logits, y2, sum_classes, reduction, len(topk)), gradient
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #906addae
 @torch.library.custom_op(
     "tritoncls::binary_cross_entropy_backward", mutates_args=(), schema=f"(Tensor g, {BINARY_SCHEMA}) -> Tensor")
 def binary_cross_entropy_backward_op(
@@ -346,7 +346,7 @@ def _(g, logits, *_): return empty_gradient(logits)
 
 binary_cross_entropy_backward_op.register_autograd(no_second_derivative, setup_context=keep_nothing)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #7e5ff606
 def _keep(ctx, inputs, output):
     logits, y1, y2, lam, dense, weight, pos_weight, *ctx.constants, _, ctx.keep_gradient = inputs
     _, *others, gradient = output
@@ -386,7 +386,7 @@ def binary_both(logits, parts, options, grad_scale, backend, dx):
     if dx is logits and x is not logits: logits.copy_(x)
     return results
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #d577c43a
 @torch.library.custom_op(
     "tritoncls::binary_cross_entropy_and_grad", mutates_args=(),
     schema=f"({BINARY_SCHEMA}, Tensor? grad_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -405,7 +405,7 @@ def _(logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_th
       grad_scale, backend):
     return *empty_binary(logits, y2, sum_classes, reduction, len(topk)), empty_gradient(logits)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #390888f1
 @torch.library.custom_op(
     "tritoncls::binary_cross_entropy_and_grad_", mutates_args=("logits",),
     schema=f"({BINARY_SCHEMA.replace('Tensor logits', 'Tensor(a!) logits')}, Tensor? grad_scale, str backend) -> "
@@ -453,7 +453,7 @@ def broadcast_weight(name: str, w: torch.Tensor, logits: torch.Tensor) -> torch.
     except RuntimeError:
         raise UserError(f"{name} {tuple(w.shape)} does not broadcast to the logits' {tuple(logits.shape)}") from None
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #d4a1be5e
 def binary_cross_entropy(
     logits: torch.Tensor,                    # (N, C) fp32, bf16 or fp16; fp64 in PyTorch only
     target: Target,                          # (N,) class ids in [0, C), (N, C) dense, or a MixedTarget
@@ -477,7 +477,7 @@ def binary_cross_entropy(
         logits, *target_parts(target), *options[:-1], list(topk), backend, keep_gradient)
     return loss_output(loss, correct, counts, None, rank, return_rank)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #bcefb8f7
 def binary_cross_entropy_and_grad(
     logits: torch.Tensor,                            # (N, C) fp32, bf16 or fp16; fp64 in PyTorch only
     target: Target,                                  # (N,) class ids in [0, C), (N, C) dense, or a MixedTarget

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CPU_BLOCK', 'SCHEMA', 'cross_entropy_op', 'ONE_LOAD', 'HALF_TILES', 'BOTH_SCHEMA', 'REDUCTIONS', 'Options',
            'smoothed', 'dense_of', 'cross_entropy_reference', 'coefficients', 'class_coefficient', 'take_in',
-           'finish_rows', 'store_counts', 'finish_sums', 'store_gradient', 'cross_entropy_kernel', 'join_parts',
-           'cross_entropy_backward_kernel', 'scales', 'accumulated', 'rows_torch', 'block_torch', 'valid_rows',
-           'block_ranks', 'empty_results', 'empty_gradient', 'gradient_constants', 'torch_results', 'launch_forward',
-           'forward', 'cross_entropy_backward_op', 'no_second_derivative', 'keep_nothing', 'EagerCrossEntropy',
-           'scale_gradient_op', 'scaled_gradient', 'both_at_once', 'cross_entropy_and_grad_op',
-           'cross_entropy_and_grad_inplace_op', 'LossOutput', 'check_options', 'loss_output', 'cross_entropy',
+           'finish_rows', 'store_counts', 'finish_sums', 'join_parts', 'store_gradient', 'cross_entropy_kernel',
+           'cross_entropy_backward_kernel', 'scales', 'accumulated', 'rows_torch', 'valid_rows', 'block_ranks',
+           'block_torch', 'empty_results', 'empty_gradient', 'gradient_constants', 'torch_results', 'launch_forward',
+           'forward', 'cross_entropy_backward_op', 'no_second_derivative', 'keep_nothing', 'scale_gradient_op',
+           'scaled_gradient', 'EagerCrossEntropy', 'both_at_once', 'cross_entropy_and_grad_op',
+           'cross_entropy_and_grad_inplace_op', 'LossOutput', 'loss_output', 'check_options', 'cross_entropy',
            'cross_entropy_and_grad']
 
 # %% ../../nbs/11_cross_entropy.ipynb #f081750b
@@ -48,7 +48,7 @@ def smoothed(
     "What is left of the target, and what every class gets on top."
     return 1 - label_smoothing, label_smoothing / n_classes
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #7c538092
 def dense_of(
     parts: Parts,      # of a target
     n_classes: int,    # C
@@ -61,7 +61,7 @@ def dense_of(
     if parts.kind == "ids": return q1
     return parts.lam.to(dtype)[:, None] * q1 + (1 - parts.lam.to(dtype)[:, None]) * (parts.y2[:, None] == columns)
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #31943488
 def cross_entropy_reference(
     logits: torch.Tensor,   # (N, C)
     target: Target,         # class ids in [0, C) or ignore_index, dense, or mixed
@@ -106,7 +106,7 @@ def class_coefficient(w_ptr, y, share, on, KIND: tl.constexpr, WEIGHTED: tl.cons
         if WEIGHTED: c *= tl.load(w_ptr + tl.where(known, y, 0), mask=known, other=0.0).to(tl.float32)
         return c  # (ROWS,)
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #ec9a72cd
 @triton.jit
 def take_in(
     x, offset, col, row, m, shift, total, mass, dot, ahead, ahead2, t, y, t2, y2, d_ptr, w_ptr, N, on, off,
@@ -164,7 +164,7 @@ def finish_rows(
     sums += at_field(loss, K + 2, FIELDS) + at_field(weight, K + 3, FIELDS) + at_field(square, K + 4, FIELDS)
     return sums  # (ROWS, FIELDS)
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #2757df26
 @triton.jit
 def store_counts(correct_ptr, counts_ptr, total, TOPK: tl.constexpr, FIELDS: tl.constexpr):
     store_hits(correct_ptr, total, TOPK, FIELDS)
@@ -191,6 +191,19 @@ def finish_sums(
         if REDUCTION == "mean": loss = loss / take_field(total, K + 3, FIELDS)
         square = take_field(total, K + 4, FIELDS)
         tl.store(loss_ptr, tl.where(per_row == 0.0, loss, loss + per_row * square))
+
+# %% ../../nbs/11_cross_entropy.ipynb #2ca83e17
+@triton.jit
+def join_parts(parts_ptr, row, N, SPLITS: tl.constexpr, SPLIT_COLS: tl.constexpr):
+    m = load_parts(parts_ptr, 0, row, N, float("-inf"), SPLITS, SPLIT_COLS)                # (SPLIT_ROWS, SPLIT_COLS)
+    total = load_parts(parts_ptr, 1, row, N, 0.0, SPLITS, SPLIT_COLS)
+    mass = load_parts(parts_ptr, 2, row, N, 0.0, SPLITS, SPLIT_COLS)
+    dot = load_parts(parts_ptr, 3, row, N, 0.0, SPLITS, SPLIT_COLS)
+    top = tl.max(m, 1)
+    shift = tl.where(top == float("-inf"), 0.0, top)[:, None]
+    old_shift = tl.where(m == float("-inf"), 0.0, m)
+    return (top, tl.sum(total * tl.exp(m - shift), 1), tl.sum(mass, 1), tl.sum(dot + mass * (old_shift - shift), 1),
+            sum_parts(parts_ptr, 4, row, N, SPLITS, SPLIT_COLS), sum_parts(parts_ptr, 5, row, N, SPLITS, SPLIT_COLS))
 
 # %% ../../nbs/11_cross_entropy.ipynb #9580165f
 @triton.jit
@@ -296,20 +309,7 @@ def cross_entropy_kernel(
                 w_ptr, loss_ptr, lse_ptr, stats_ptr, rank_ptr, KIND, WEIGHTED, REDUCTION, TOPK, FIELDS, C), 0)
         finish_sums(total, loss_ptr, correct_ptr, counts_ptr, scale_ptr, z_loss, REDUCTION, GRAD, TOPK, FIELDS)
 
-
-@triton.jit
-def join_parts(parts_ptr, row, N, SPLITS: tl.constexpr, SPLIT_COLS: tl.constexpr):
-    m = load_parts(parts_ptr, 0, row, N, float("-inf"), SPLITS, SPLIT_COLS)                # (SPLIT_ROWS, SPLIT_COLS)
-    total = load_parts(parts_ptr, 1, row, N, 0.0, SPLITS, SPLIT_COLS)
-    mass = load_parts(parts_ptr, 2, row, N, 0.0, SPLITS, SPLIT_COLS)
-    dot = load_parts(parts_ptr, 3, row, N, 0.0, SPLITS, SPLIT_COLS)
-    top = tl.max(m, 1)
-    shift = tl.where(top == float("-inf"), 0.0, top)[:, None]
-    old_shift = tl.where(m == float("-inf"), 0.0, m)
-    return (top, tl.sum(total * tl.exp(m - shift), 1), tl.sum(mass, 1), tl.sum(dot + mass * (old_shift - shift), 1),
-            sum_parts(parts_ptr, 4, row, N, SPLITS, SPLIT_COLS), sum_parts(parts_ptr, 5, row, N, SPLITS, SPLIT_COLS))
-
-
+# %% ../../nbs/11_cross_entropy.ipynb #9ff6e931
 @triton.jit
 def cross_entropy_backward_kernel(
     x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, w_ptr, stats_ptr, scale_ptr, g_ptr, dx_ptr, N, on, off, ignore_index,
@@ -355,7 +355,7 @@ def scales(
 def accumulated(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #11498673
 def rows_torch(
     logits: torch.Tensor,             # (N, C)
     parts: Parts,                     # of the target
@@ -377,7 +377,21 @@ def rows_torch(
             logits[at].to(scale.dtype), block, options, weight, scale, z, with_gradient=gradient is not None))
     return blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True)))
 
+# %% ../../nbs/11_cross_entropy.ipynb #0b6603ac
+def valid_rows(y: torch.Tensor, ignore_index: int, n_classes: int) -> torch.Tensor | None:
+    "Rows that are not ignored (R, 1); None where a look at the values shows that none is."
+    nothing_to_ignore = not 0 <= ignore_index < n_classes and values_are_checked(y) and all_inside(y, n_classes)
+    return None if nothing_to_ignore else (y != ignore_index)[:, None]
 
+
+def block_ranks(x, parts, options, room):
+    "`ranks_of`, with fewer steps where they count: class ids on the CPU that are all in range."
+    if x.device.type != "cpu" or parts.kind != "ids" or valid_rows(parts.y1, options.ignore_index, x.shape[1]) is not None:
+        return ranks_of(x, parts, options.ignore_index)
+    y = parts.y1[:, None].long()
+    return rank_beside(x, x.gather(1, y), y, room)
+
+# %% ../../nbs/11_cross_entropy.ipynb #9bff5462
 def block_torch(x, parts, options, weight, scale, z, with_gradient):
     "Cross-entropy, lse, log-sum and rank of the rows of x (R, C); their gradient goes to z (R, C)."
     C = x.shape[1]
@@ -430,20 +444,6 @@ def block_torch(x, parts, options, weight, scale, z, with_gradient):
         for rows, value in wrong: z.masked_fill_(~rows, value)
     return loss[:, 0], lse[:, 0], log_sum[:, 0], rank
 
-
-def valid_rows(y: torch.Tensor, ignore_index: int, n_classes: int) -> torch.Tensor | None:
-    "Rows that are not ignored (R, 1); None where a look at the values shows that none is."
-    nothing_to_ignore = not 0 <= ignore_index < n_classes and values_are_checked(y) and all_inside(y, n_classes)
-    return None if nothing_to_ignore else (y != ignore_index)[:, None]
-
-
-def block_ranks(x, parts, options, room):
-    "`ranks_of`, with fewer steps where they count: class ids on the CPU that are all in range."
-    if x.device.type != "cpu" or parts.kind != "ids" or valid_rows(parts.y1, options.ignore_index, x.shape[1]) is not None:
-        return ranks_of(x, parts, options.ignore_index)
-    y = parts.y1[:, None].long()
-    return rank_beside(x, x.gather(1, y), y, room)
-
 # %% ../../nbs/11_cross_entropy.ipynb #90b7891e
 SCHEMA = f"{TARGET_SCHEMA}, Tensor? weight, float label_smoothing, int ignore_index, float z_loss, str reduction"
 
@@ -455,7 +455,7 @@ def empty_results(logits, y2, reduction, n_topk):
     loss = logits.new_empty((N,) if reduction == "none" else (), dtype=dtype)
     return loss, correct, logits.new_empty(2, dtype=torch.int64), logits.new_empty(N, dtype=dtype), rank
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #79f23ef5
 def empty_gradient(logits: torch.Tensor) -> torch.Tensor:
     "Room for the gradient; rows padded to 16 bytes where those of the logits are."
     (N, C), wide = logits.shape, 16 // logits.element_size()
@@ -471,7 +471,7 @@ def gradient_constants(x: torch.Tensor, dx: torch.Tensor) -> dict:
     own_padding = dx.data_ptr() != x.data_ptr() and stride > C
     return dict(DX_STRIDE=stride, DX_EDGE=-(-C // wide) * wide if own_padding else C)
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #3bef2c1a
 def torch_results(logits, parts, options, scale, gradient=None, gradient_scale=None):
     "What the kernel computes, in PyTorch."
     loss, lse, log_sum, rank = rows_torch(
@@ -497,7 +497,7 @@ def launch_forward(logits, parts, options, plan, results, stats, scale, dx=None)
         TOPK=options.topk, GRAD=dx is not None,
         **(dict(DX_STRIDE=1, DX_EDGE=1) if dx is None else gradient_constants(logits, dx)))
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #b5b6a6e1
 def forward(
     logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, backend, keep_gradient,
 ):
@@ -513,6 +513,13 @@ def forward(
     return *results, stats, scale, gradient
 
 
+def _empty_saved(logits, backend, keep_gradient):
+    "What the backward pass needs: row statistics (3, N), scale (2,), and perhaps the gradient (N, C)."
+    (N, C), dtype = logits.shape, accumulated(logits)
+    stats = logits.new_empty((3, N if backend == "triton" else 0), dtype=dtype)
+    return stats, logits.new_empty(2, dtype=dtype), logits.new_empty((N, C) if keep_gradient else (0, C), dtype=dtype)
+
+# %% ../../nbs/11_cross_entropy.ipynb #f0363d77
 cross_entropy_op = torch.library.custom_op(
     "tritoncls::cross_entropy", forward, mutates_args=(),
     schema=f"(Tensor logits, {SCHEMA}, int[] topk, str backend, bool keep_gradient) -> "
@@ -522,13 +529,6 @@ cross_entropy_op = torch.library.custom_op(
 @cross_entropy_op.register_fake
 def _(logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, backend, keep_gradient):
     return *empty_results(logits, y2, reduction, len(topk)), *_empty_saved(logits, backend, keep_gradient)
-
-
-def _empty_saved(logits, backend, keep_gradient):
-    "What the backward pass needs: row statistics (3, N), scale (2,), and perhaps the gradient (N, C)."
-    (N, C), dtype = logits.shape, accumulated(logits)
-    stats = logits.new_empty((3, N if backend == "triton" else 0), dtype=dtype)
-    return stats, logits.new_empty(2, dtype=dtype), logits.new_empty((N, C) if keep_gradient else (0, C), dtype=dtype)
 
 # %% ../../nbs/11_cross_entropy.ipynb #8b59c84f
 @torch.library.custom_op(
@@ -561,42 +561,7 @@ def keep_nothing(ctx, inputs, output): pass
 
 cross_entropy_backward_op.register_autograd(no_second_derivative, setup_context=keep_nothing)
 
-
-def _keep(ctx, inputs, output):
-    logits, y1, y2, lam, dense, weight, ctx.label_smoothing, ctx.ignore_index, *_, ctx.keep_gradient = inputs
-    loss, *others, stats, scale, gradient = output
-    ctx.mark_non_differentiable(*others, stats, scale, gradient)
-    ctx.set_materialize_grads(False)  # or each of these outputs would get a gradient full of zeros
-    ctx.save_for_backward(logits, stats, scale, y1, y2, lam, dense, weight)
-    ctx.gradient, ctx.inputs_after_target = gradient, inputs[6:]
-
-
-def _backward(ctx, g, *_):
-    if g is None: return (None,) * 13
-    logits, stats, scale, *parts, weight = ctx.saved_tensors
-    if ctx.keep_gradient:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None: gradient = cross_entropy_op(logits.detach(), *parts, weight, *ctx.inputs_after_target)[-1]
-        dx = scaled_gradient(gradient, g, logits)
-    else:
-        dx = cross_entropy_backward_op(g, logits, stats, scale, *parts, weight, ctx.label_smoothing, ctx.ignore_index)
-    return dx, *(None,) * 12
-
-
-cross_entropy_op.register_autograd(_backward, setup_context=_keep)
-
-
-class EagerCrossEntropy(torch.autograd.Function):
-    "The operator for CPU tensors outside of torch.compile: the same functions, without half a millisecond of dispatch."
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = forward(*inputs)
-        _keep(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
-
-
+# %% ../../nbs/11_cross_entropy.ipynb #bd72b864
 @torch.library.custom_op(
     "tritoncls::scale_gradient", mutates_args=(), schema="(Tensor gradient, Tensor g, Tensor logits) -> Tensor")
 def scale_gradient_op(gradient, g, logits):
@@ -620,6 +585,41 @@ def scaled_gradient(
     if traced or g.device.type != "cpu": return scale_gradient_op(gradient, g, logits)
     if g.ndim == 0 and g.item() == 1: return gradient.to(logits.dtype)
     return gradient.mul_(g[:, None] if g.ndim == 1 else g).to(logits.dtype)
+
+# %% ../../nbs/11_cross_entropy.ipynb #524c2b1e
+def _keep(ctx, inputs, output):
+    logits, y1, y2, lam, dense, weight, ctx.label_smoothing, ctx.ignore_index, *_, ctx.keep_gradient = inputs
+    loss, *others, stats, scale, gradient = output
+    ctx.mark_non_differentiable(*others, stats, scale, gradient)
+    ctx.set_materialize_grads(False)  # or each of these outputs would get a gradient full of zeros
+    ctx.save_for_backward(logits, stats, scale, y1, y2, lam, dense, weight)
+    ctx.gradient, ctx.inputs_after_target = gradient, inputs[6:]
+
+
+def _backward(ctx, g, *_):
+    if g is None: return (None,) * 13
+    logits, stats, scale, *parts, weight = ctx.saved_tensors
+    if ctx.keep_gradient:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None: gradient = cross_entropy_op(logits.detach(), *parts, weight, *ctx.inputs_after_target)[-1]
+        dx = scaled_gradient(gradient, g, logits)
+    else:
+        dx = cross_entropy_backward_op(g, logits, stats, scale, *parts, weight, ctx.label_smoothing, ctx.ignore_index)
+    return dx, *(None,) * 12
+
+
+cross_entropy_op.register_autograd(_backward, setup_context=_keep)
+
+# %% ../../nbs/11_cross_entropy.ipynb #645ac105
+class EagerCrossEntropy(torch.autograd.Function):
+    "The operator for CPU tensors outside of torch.compile: the same functions, without half a millisecond of dispatch."
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = forward(*inputs)
+        _keep(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
 
 # %% ../../nbs/11_cross_entropy.ipynb #dd23b010
 ONE_LOAD = (  # classes up to, elements of a tile, warps
@@ -649,7 +649,7 @@ def both_at_once(logits, parts, options, grad_scale, backend, dx):
     if dx is logits and x is not logits: logits.copy_(x)
     return results
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #8cc9802f
 BOTH_SCHEMA = f"{SCHEMA}, int[] topk, Tensor? grad_scale, str backend"
 
 
@@ -668,7 +668,7 @@ def cross_entropy_and_grad_op(
 def _(logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, grad_scale, backend):
     return *empty_results(logits, y2, reduction, len(topk)), empty_gradient(logits)
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #5052cc83
 @torch.library.custom_op(
     "tritoncls::cross_entropy_and_grad_", mutates_args=("logits",),
     schema=f"(Tensor(a!) logits, {BOTH_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -694,6 +694,10 @@ class LossOutput(NamedTuple):
     rank: torch.Tensor | None    # (N,) int32 classes ahead of the target, (N, 2) for mixed targets; on request
 
 
+def loss_output(loss, correct, counts, lse, rank, return_rank: bool) -> LossOutput:
+    return LossOutput(loss, correct, counts[0], counts[1], lse, rank if return_rank else None)
+
+# %% ../../nbs/11_cross_entropy.ipynb #e68e50ca
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -712,11 +716,7 @@ def check_options(logits: torch.Tensor, options: Options, reductions: Sequence[s
         raise UserError(f"weight needs to be floating ({C},) without gradient, not {weight.dtype} {tuple(weight.shape)}")
     if weight.device != logits.device: raise UserError(f"weight is on {weight.device}, logits are on {logits.device}")
 
-
-def loss_output(loss, correct, counts, lse, rank, return_rank: bool) -> LossOutput:
-    return LossOutput(loss, correct, counts[0], counts[1], lse, rank if return_rank else None)
-
-
+# %% ../../nbs/11_cross_entropy.ipynb #bc7c4c59
 def cross_entropy(
     logits: torch.Tensor,                # (N, C) fp32, bf16 or fp16; fp64 in PyTorch only
     target: Target,                      # (N,) class ids in [0, C), (N, C) dense, or a MixedTarget
@@ -741,7 +741,7 @@ def cross_entropy(
     op = EagerCrossEntropy.apply if keep_gradient and not torch.compiler.is_compiling() else cross_entropy_op
     return loss_output(*op(logits, *inputs)[:5], return_rank)
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #0763d69c
 def cross_entropy_and_grad(
     logits: torch.Tensor,                          # (N, C) fp32, bf16 or fp16; fp64 in PyTorch only
     target: Target,                                # (N,) class ids in [0, C), (N, C) dense, or a MixedTarget

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Target', 'TARGET_SCHEMA', 'TILES', 'MAX_PROGRAMS', 'FEW_PROGRAMS', 'LEAST_TILE', 'LEAST_SPLIT', 'PEEL_FROM',
            'REGISTERS', 'MixedTarget', 'Parts', 'target_parts', 'tile_at', 'inside_row', 'load_tile', 'load_class_ids',
-           'dense_argmax', 'at_class', 'load_target', 'hits', 'at_field', 'take_field', 'store_sums', 'last_to_arrive',
-           'add_up', 'store_hits', 'store_part', 'load_parts', 'sum_parts', 'Plan', 'plan_rows', 'arrivals',
+           'dense_argmax', 'at_class', 'load_target', 'hits', 'at_field', 'take_field', 'store_hits', 'store_sums',
+           'last_to_arrive', 'add_up', 'store_part', 'load_parts', 'sum_parts', 'Plan', 'plan_rows', 'arrivals',
            'row_layout', 'rows_contiguous', 'target_arguments', 'tile_arguments', 'plan_arguments', 'launch_rows',
            'launch_tiles', 'check_logits', 'check_target', 'check_class_ids', 'all_inside', 'check_lam', 'check_topk',
            'kernel_backend']
@@ -32,7 +32,7 @@ class MixedTarget(NamedTuple):
 
 Target = torch.Tensor | MixedTarget
 
-
+# %% ../../nbs/09_rows.ipynb #797cef58
 class Parts(NamedTuple):
     "A target as operators take it: what its kind does not have is None."
     y1: torch.Tensor | None = None     # (N,) class ids
@@ -110,7 +110,7 @@ def load_class_ids(
         else:
             return y, y, share, there & (y != ignore_index)             # y1, y2, weight of y1, whether the row counts
 
-
+# %% ../../nbs/09_rows.ipynb #5520e974
 @triton.jit
 def dense_argmax(d_ptr, row, N, D_STRIDE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     best = tl.full([ROWS], float("-inf"), tl.float32)
@@ -125,7 +125,7 @@ def dense_argmax(d_ptr, row, N, D_STRIDE: tl.constexpr, C: tl.constexpr, ROWS: t
         best = tl.maximum(best, top)
     return y
 
-
+# %% ../../nbs/09_rows.ipynb #9951d30a
 @triton.jit
 def at_class(x_ptr, row, y, N, STRIDE: tl.constexpr, C: tl.constexpr):
     known = (row < N) & (y >= 0) & (y < C)
@@ -165,6 +165,12 @@ def take_field(total, i: tl.constexpr, FIELDS: tl.constexpr):
 
 
 @triton.jit
+def store_hits(correct_ptr, total, TOPK: tl.constexpr, FIELDS: tl.constexpr):
+    field = tl.arange(0, FIELDS)
+    tl.store(correct_ptr + field, total.to(correct_ptr.dtype.element_ty), mask=field < len(TOPK))
+
+# %% ../../nbs/09_rows.ipynb #d3bfdab0
+@triton.jit
 def store_sums(sums_ptr, sums, FIELDS: tl.constexpr):
     tl.store(sums_ptr + tl.program_id(0) * FIELDS + tl.arange(0, FIELDS), tl.sum(sums, 0))
 
@@ -188,13 +194,7 @@ def add_up(sums_ptr, PROGRAMS: tl.constexpr, FIELDS: tl.constexpr):
         total += tl.sum(tl.load(sums_ptr + at, mask=there, other=0.0, cache_modifier=".cg"), 0)
     return total  # (FIELDS,)
 
-
-@triton.jit
-def store_hits(correct_ptr, total, TOPK: tl.constexpr, FIELDS: tl.constexpr):
-    field = tl.arange(0, FIELDS)
-    tl.store(correct_ptr + field, total.to(correct_ptr.dtype.element_ty), mask=field < len(TOPK))
-
-
+# %% ../../nbs/09_rows.ipynb #35697c6f
 @triton.jit
 def store_part(parts_ptr, field, part, row, N, SPLITS: tl.constexpr):
     tl.store(parts_ptr + (field * N + row) * SPLITS + tl.program_id(1), part, mask=row < N)
@@ -259,7 +259,7 @@ def arrivals(device: torch.device) -> torch.Tensor:  # (1,) int32
     if key not in _arrivals: _arrivals[key] = torch.zeros(1, dtype=torch.int32, device=device)
     return _arrivals[key]
 
-
+# %% ../../nbs/09_rows.ipynb #d0a0855a
 def row_layout(
     x: torch.Tensor,      # (N, C), neighbours in a row next to each other
 ) -> tuple[int, int]:     # EDGE, PEEL
@@ -278,7 +278,7 @@ def rows_contiguous(
     "Logits whose rows a kernel can read; the distance between rows may be anything."
     return x if (x.stride(1) == 1 or x.shape[1] == 1) and x.stride(0) >= x.shape[1] else x.contiguous()
 
-
+# %% ../../nbs/09_rows.ipynb #9360708b
 def target_arguments(
     parts: Parts,     # of a target
     n_rows: int,      # N
@@ -290,7 +290,7 @@ def target_arguments(
         KIND=parts.kind, LAM_STRIDE=int(parts.lam is not None and len(parts.lam) == n_rows),
         D_STRIDE=0 if dense is None else dense.stride(0))
 
-
+# %% ../../nbs/09_rows.ipynb #2e45d948
 def tile_arguments(
     x: torch.Tensor,          # (N, C), neighbours in a row next to each other
     plan: Plan,
@@ -313,7 +313,7 @@ def plan_arguments(
         SPLIT_ROWS=triton.next_power_of_2(len(x)) if plan.splits > 1 else 1,
         SPLIT_COLS=triton.next_power_of_2(plan.splits))
 
-
+# %% ../../nbs/09_rows.ipynb #58ad04e8
 def launch_rows(
     kernel,                 # takes logits, target, arguments, parts, sums, arrivals, N, numbers
     x: torch.Tensor,        # (N, C) logits, neighbours in a row next to each other, N at least 1
@@ -336,7 +336,7 @@ def launch_rows(
             x, *pointers, *arguments, room, room, arrivals(x.device), len(x), *numbers, FIELDS=fields,
             **target_constants, **plan_arguments(x, plan), **constants)
 
-
+# %% ../../nbs/09_rows.ipynb #de114ad7
 def launch_tiles(
     kernel,                 # takes logits, target, arguments, N, numbers
     x: torch.Tensor,        # (N, C) logits, neighbours in a row next to each other, N at least 1
@@ -378,7 +378,7 @@ def check_target(
             raise UserError(f"target is on {target.device}, logits are on {logits.device}")
     else: check_class_ids(logits, target, "target", ignore_index)
 
-
+# %% ../../nbs/09_rows.ipynb #9f2c5909
 def check_class_ids(logits: torch.Tensor, y: torch.Tensor, name: str, ignore_index: int | None) -> None:
     "Class ids are integers (N,) on the device of the logits."
     N, C = logits.shape
@@ -401,7 +401,7 @@ def all_inside(y: torch.Tensor, n_classes: int) -> bool:
     low, high = y.aminmax()
     return 0 <= low.item() and high.item() < n_classes
 
-
+# %% ../../nbs/09_rows.ipynb #51323c08
 def check_lam(logits: torch.Tensor, lam: torch.Tensor | float) -> None:
     "A mixed target's weight is one number, or one for each row, from 0 to 1."
     if not isinstance(lam, torch.Tensor):
