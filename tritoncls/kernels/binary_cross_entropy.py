@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BINARY_SCHEMA', 'BinaryOptions', 'binary_target', 'binary_cross_entropy_reference', 'softplus_of_minus_abs',
            'binary_tile', 'binary_rows', 'binary_cross_entropy_kernel', 'binary_cross_entropy_backward_kernel',
-           'factor_of', 'binary_shares', 'binary_torch', 'empty_binary', 'binary_constants', 'launch_binary',
-           'binary_cross_entropy_op', 'binary_cross_entropy_backward_op', 'binary_both',
+           'factor_of', 'binary_shares', 'binary_torch', 'empty_binary', 'binary_numbers', 'binary_constants',
+           'launch_binary', 'binary_cross_entropy_op', 'binary_cross_entropy_backward_op', 'binary_both',
            'binary_cross_entropy_and_grad_op', 'binary_cross_entropy_and_grad_inplace_op', 'binary_options',
            'broadcast_weight', 'binary_cross_entropy', 'binary_cross_entropy_and_grad']
 
@@ -20,11 +20,11 @@ from ..runtime import UserError
 from .rows import (
     TARGET_SCHEMA, TILES, Parts, Target, add_up, at_field, check_logits, check_target, check_topk, inside_row,
     kernel_backend, last_to_arrive, launch_rows, launch_tiles, load_class_ids, load_target, load_tile, plan_rows,
-    row_layout, rows_contiguous, store_part, store_sums, sum_parts, take_field, target_parts, tile_at)
+    row_layout, rows_contiguous, split_inputs, store_part, store_sums, sum_parts, take_field, target_parts, tile_at)
 from .rank import clamp_topk, count_ahead, empty_counts, rank_rows, ranks_of, sum_hits
 from .cross_entropy import (
-    CPU_BLOCK, HALF_TILES, REDUCTIONS, LossOutput, accumulated, coefficients, empty_gradient, gradient_constants, keep_nothing,
-    loss_output, no_second_derivative, scaled_gradient, smoothed, store_counts)
+    CPU_BLOCK, HALF_TILES, REDUCTIONS, LossOutput, accumulated, coefficients, empty_gradient, empty_kept, gradient_constants,
+    keep_nothing, loss_output, no_second_derivative, scaled_gradient, smoothed, store_counts)
 
 import triton
 import triton.language as tl
@@ -261,19 +261,24 @@ def binary_torch(logits, parts, options, gradient=None, gradient_factor=1.0):
             gradient[at] = (no * sigmoid - yes * (-x).sigmoid()) * gradient_factor
     counts = torch.stack([torch.full_like(nonfinite, N), nonfinite])
     if options.reduction != "none": loss = loss.sum() * factor_of(logits, options)
-    return loss, sum_hits(rank, parts.lam, options.topk), counts, rank
+    return loss, sum_hits(rank, parts.lam, clamp_topk(options.topk, C)), counts, rank
 
 # %% ../../nbs/12_binary_cross_entropy.ipynb #f8236013
-BINARY_SCHEMA = (f"Tensor logits, {TARGET_SCHEMA}, Tensor? weight, Tensor? pos_weight, float label_smoothing, "
-                 "float? target_threshold, bool sum_classes, str reduction, int[] topk")
+BINARY_SCHEMA = (f"{TARGET_SCHEMA}, Tensor? weight, Tensor? pos_weight, float label_smoothing, float? target_threshold, "
+                 "bool sum_classes, str reduction, int[] topk")
 
 
-def empty_binary(logits, y2, sum_classes, reduction, n_topk):
+def empty_binary(logits, parts, options):
     "Loss, hits at each k, number of rows and of nonfinite rows, and the ranks."
     N, C = logits.shape
-    correct, rank = empty_counts(logits, y2 is not None, n_topk)
-    shape = () if reduction != "none" else (N,) if sum_classes else (N, C)
+    correct, rank = empty_counts(logits, parts.y2 is not None, len(options.topk))
+    shape = () if options.reduction != "none" else (N,) if options.sum_classes else (N, C)
     return logits.new_empty(shape, dtype=accumulated(logits)), correct, logits.new_empty(2, dtype=torch.int64), rank
+
+
+def binary_numbers(x: torch.Tensor, options: BinaryOptions) -> tuple[float, float, float, float]:  # on, off, threshold, factor
+    "What both kernels compute with."
+    return *smoothed(options.label_smoothing, x.shape[1]), options.target_threshold or 0.0, factor_of(x, options)
 
 
 def binary_constants(parts: Parts, options: BinaryOptions) -> dict:
@@ -292,50 +297,44 @@ def launch_binary(logits, parts, options, results, scale=None, dx=None):
     launch_rows(
         binary_cross_entropy_kernel, x, parts,
         (options.weight, options.pos_weight, loss, correct, counts, rank, scale, dx),
-        (*smoothed(options.label_smoothing, x.shape[1]), options.target_threshold or 0.0, factor_of(x, options)),
+        binary_numbers(x, options),
         len(options.topk) + 3, plan, 4, **binary_constants(parts, options), EACH_LOSS=loss.ndim == 2,
-        ROW_LOSS=loss.ndim == 1, GRAD=dx is not None, TOPK=options.topk,
+        ROW_LOSS=loss.ndim == 1, GRAD=dx is not None, TOPK=clamp_topk(options.topk, x.shape[1]),
         **(dict(DX_STRIDE=1, DX_EDGE=1) if dx is None else gradient_constants(x, dx)))
 
 # %% ../../nbs/12_binary_cross_entropy.ipynb #7ae774e8
 @torch.library.custom_op(
     "tritoncls::binary_cross_entropy", mutates_args=(),
-    schema=f"({BINARY_SCHEMA}, str backend, bool keep_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-def binary_cross_entropy_op(
-    logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk,
-    backend, keep_gradient,
-):
-    parts, topk = Parts(y1, y2, lam, dense), clamp_topk(topk, logits.shape[1])
-    options = BinaryOptions(weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk)
-    gradient = logits.new_empty(logits.shape if keep_gradient else (0, logits.shape[1]), dtype=accumulated(logits))
+    schema=f"(Tensor logits, {BINARY_SCHEMA}, str backend, bool keep_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+def binary_cross_entropy_op(logits, *inputs):
+    *shared, backend, keep_gradient = inputs
+    parts, options = split_inputs(shared, BinaryOptions)
+    gradient = empty_kept(logits, keep_gradient)
     if backend == "torch" or len(logits) == 0:
         return *binary_torch(
             logits, parts, options, gradient if keep_gradient else None, factor_of(logits, options)), gradient
-    results = empty_binary(logits, y2, sum_classes, reduction, len(topk))
+    results = empty_binary(logits, parts, options)
     launch_binary(logits, parts, options, results)
     return *results, gradient
 
 
 @binary_cross_entropy_op.register_fake
-def _(logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk,
-      backend, keep_gradient):
-    gradient = logits.new_empty(logits.shape if keep_gradient else (0, logits.shape[1]), dtype=accumulated(logits))
-    return *empty_binary(logits, y2, sum_classes, reduction, len(topk)), gradient
+def _(logits, *inputs):
+    *shared, _, keep_gradient = inputs
+    return *empty_binary(logits, *split_inputs(shared, BinaryOptions)), empty_kept(logits, keep_gradient)
 
 # %% ../../nbs/12_binary_cross_entropy.ipynb #906addae
 @torch.library.custom_op(
-    "tritoncls::binary_cross_entropy_backward", mutates_args=(), schema=f"(Tensor g, {BINARY_SCHEMA}) -> Tensor")
-def binary_cross_entropy_backward_op(
-    g, logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk,
-):
+    "tritoncls::binary_cross_entropy_backward", mutates_args=(),
+    schema=f"(Tensor g, Tensor logits, {BINARY_SCHEMA}) -> Tensor")
+def binary_cross_entropy_backward_op(g, logits, *inputs):
     dx = empty_gradient(logits)
     if len(logits) == 0: return dx
-    x, parts = rows_contiguous(logits), Parts(y1, y2, lam, dense)
-    options = BinaryOptions(weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk)
+    x, (parts, options) = rows_contiguous(logits), split_inputs(inputs, BinaryOptions)
     g_row, g_col = (g.stride() if g.ndim == 2 else (g.stride(0), 0)) if g.ndim else (0, 0)
     launch_tiles(
-        binary_cross_entropy_backward_kernel, x, parts, (weight, pos_weight, g, dx),
-        (*smoothed(label_smoothing, x.shape[1]), target_threshold or 0.0, factor_of(x, options)),
+        binary_cross_entropy_backward_kernel, x, parts, (options.weight, options.pos_weight, g, dx),
+        binary_numbers(x, options),
         G_ROW=g_row, G_COL=g_col, **binary_constants(parts, options), **gradient_constants(x, dx))
     return dx
 
@@ -380,7 +379,7 @@ def binary_both(logits, parts, options, grad_scale, backend, dx):
         results = binary_torch(logits, parts, options, gradient, scale)
         dx.copy_(gradient)
         return results
-    results = empty_binary(logits, parts.y2, options.sum_classes, options.reduction, len(options.topk))
+    results = empty_binary(logits, parts, options)
     x = rows_contiguous(logits)
     launch_binary(x, parts, options, results, scale, dx if dx is not logits else x)
     if dx is logits and x is not logits: logits.copy_(x)
@@ -389,40 +388,27 @@ def binary_both(logits, parts, options, grad_scale, backend, dx):
 # %% ../../nbs/12_binary_cross_entropy.ipynb #d577c43a
 @torch.library.custom_op(
     "tritoncls::binary_cross_entropy_and_grad", mutates_args=(),
-    schema=f"({BINARY_SCHEMA}, Tensor? grad_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-def binary_cross_entropy_and_grad_op(
-    logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk,
-    grad_scale, backend,
-):
-    options = BinaryOptions(weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction,
-                            clamp_topk(topk, logits.shape[1]))
+    schema=f"(Tensor logits, {BINARY_SCHEMA}, Tensor? grad_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+def binary_cross_entropy_and_grad_op(logits, *inputs):
+    *shared, grad_scale, backend = inputs
     dx = empty_gradient(logits)
-    return *binary_both(logits, Parts(y1, y2, lam, dense), options, grad_scale, backend, dx), dx
+    return *binary_both(logits, *split_inputs(shared, BinaryOptions), grad_scale, backend, dx), dx
 
 
 @binary_cross_entropy_and_grad_op.register_fake
-def _(logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk,
-      grad_scale, backend):
-    return *empty_binary(logits, y2, sum_classes, reduction, len(topk)), empty_gradient(logits)
+def _(logits, *inputs): return *empty_binary(logits, *split_inputs(inputs[:-2], BinaryOptions)), empty_gradient(logits)
 
 # %% ../../nbs/12_binary_cross_entropy.ipynb #390888f1
 @torch.library.custom_op(
     "tritoncls::binary_cross_entropy_and_grad_", mutates_args=("logits",),
-    schema=f"({BINARY_SCHEMA.replace('Tensor logits', 'Tensor(a!) logits')}, Tensor? grad_scale, str backend) -> "
-           "(Tensor, Tensor, Tensor, Tensor)")
-def binary_cross_entropy_and_grad_inplace_op(
-    logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk,
-    grad_scale, backend,
-):
-    options = BinaryOptions(weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction,
-                            clamp_topk(topk, logits.shape[1]))
-    return binary_both(logits, Parts(y1, y2, lam, dense), options, grad_scale, backend, logits)
+    schema=f"(Tensor(a!) logits, {BINARY_SCHEMA}, Tensor? grad_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)")
+def binary_cross_entropy_and_grad_inplace_op(logits, *inputs):
+    *shared, grad_scale, backend = inputs
+    return binary_both(logits, *split_inputs(shared, BinaryOptions), grad_scale, backend, logits)
 
 
 @binary_cross_entropy_and_grad_inplace_op.register_fake
-def _(logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk,
-      grad_scale, backend):
-    return empty_binary(logits, y2, sum_classes, reduction, len(topk))
+def _(logits, *inputs): return empty_binary(logits, *split_inputs(inputs[:-2], BinaryOptions))
 
 # %% ../../nbs/12_binary_cross_entropy.ipynb #02452a0d
 def binary_options(

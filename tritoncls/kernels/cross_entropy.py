@@ -7,9 +7,9 @@ __all__ = ['CPU_BLOCK', 'SCHEMA', 'cross_entropy_op', 'ONE_LOAD', 'HALF_TILES', 
            'smoothed', 'dense_of', 'cross_entropy_reference', 'coefficients', 'class_coefficient', 'take_in',
            'finish_rows', 'store_counts', 'finish_sums', 'join_parts', 'store_gradient', 'cross_entropy_kernel',
            'cross_entropy_backward_kernel', 'scales', 'accumulated', 'rows_torch', 'valid_rows', 'block_ranks',
-           'block_torch', 'empty_results', 'empty_gradient', 'gradient_constants', 'torch_results', 'launch_forward',
-           'forward', 'cross_entropy_backward_op', 'no_second_derivative', 'keep_nothing', 'scale_gradient_op',
-           'scaled_gradient', 'EagerCrossEntropy', 'both_at_once', 'cross_entropy_and_grad_op',
+           'block_torch', 'empty_results', 'empty_gradient', 'empty_kept', 'gradient_constants', 'torch_results',
+           'launch_forward', 'forward', 'cross_entropy_backward_op', 'no_second_derivative', 'keep_nothing',
+           'scale_gradient_op', 'scaled_gradient', 'EagerCrossEntropy', 'both_at_once', 'cross_entropy_and_grad_op',
            'cross_entropy_and_grad_inplace_op', 'LossOutput', 'loss_output', 'check_options', 'cross_entropy',
            'cross_entropy_and_grad']
 
@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 
 from ..runtime import UserError, values_are_checked
-from tritoncls.kernels.rows import (
+from .rows import (
     TARGET_SCHEMA, Parts, Target, add_up, all_inside, at_field, check_logits, check_target, check_topk, inside_row,
     kernel_backend, last_to_arrive, launch_rows, launch_tiles, load_class_ids, load_parts, load_target, load_tile,
-    plan_rows, row_layout, rows_contiguous, store_hits, store_sums, sum_parts, take_field,
-    target_parts, tile_at)
+    plan_rows, row_layout, rows_contiguous, split_inputs, store_hits, store_sums, sum_parts,
+    take_field, target_parts, tile_at)
 from .rank import clamp_topk, count_ahead, empty_counts, rank_beside, rank_rows, ranks_of, sum_hits
 
 import triton
@@ -445,14 +445,15 @@ def block_torch(x, parts, options, weight, scale, z, with_gradient):
     return loss[:, 0], lse[:, 0], log_sum[:, 0], rank
 
 # %% ../../nbs/11_cross_entropy.ipynb #90b7891e
-SCHEMA = f"{TARGET_SCHEMA}, Tensor? weight, float label_smoothing, int ignore_index, float z_loss, str reduction"
+SCHEMA = (f"{TARGET_SCHEMA}, Tensor? weight, float label_smoothing, int ignore_index, float z_loss, str reduction, "
+          "int[] topk")
 
 
-def empty_results(logits, y2, reduction, n_topk):
+def empty_results(logits, parts, options):
     "Loss, hits at each k, number of valid and of nonfinite rows, lse, and the ranks."
     N, dtype = logits.shape[0], accumulated(logits)
-    correct, rank = empty_counts(logits, y2 is not None, n_topk)
-    loss = logits.new_empty((N,) if reduction == "none" else (), dtype=dtype)
+    correct, rank = empty_counts(logits, parts.y2 is not None, len(options.topk))
+    loss = logits.new_empty((N,) if options.reduction == "none" else (), dtype=dtype)
     return loss, correct, logits.new_empty(2, dtype=torch.int64), logits.new_empty(N, dtype=dtype), rank
 
 # %% ../../nbs/11_cross_entropy.ipynb #79f23ef5
@@ -462,6 +463,11 @@ def empty_gradient(logits: torch.Tensor) -> torch.Tensor:
     stride = logits.stride(0)
     padded = N > 1 and logits.stride(1) == 1 and stride % wide == 0 and 0 < stride - C < 16
     return logits.new_empty((N, stride))[:, :C] if padded else logits.new_empty((N, C))
+
+
+def empty_kept(logits: torch.Tensor, keep_gradient: bool) -> torch.Tensor:
+    "Room for the gradient that a forward pass keeps, or for none."
+    return logits.new_empty(logits.shape if keep_gradient else (0, logits.shape[1]), dtype=accumulated(logits))
 
 
 def gradient_constants(x: torch.Tensor, dx: torch.Tensor) -> dict:
@@ -481,7 +487,7 @@ def torch_results(logits, parts, options, scale, gradient=None, gradient_scale=N
     if options.reduction != "none": loss = loss.sum() * scale[0] + (0.0 if square is None else square.sum() * scale[1])
     elif square is not None: loss = loss + options.z_loss * square
     counts = torch.stack([valid.sum(), log_sum.isnan().sum()])
-    return loss, sum_hits(rank, parts.lam, options.topk), counts, lse, rank
+    return loss, sum_hits(rank, parts.lam, clamp_topk(options.topk, logits.shape[1])), counts, lse, rank
 
 
 def launch_forward(logits, parts, options, plan, results, stats, scale, dx=None):
@@ -494,41 +500,40 @@ def launch_forward(logits, parts, options, plan, results, stats, scale, dx=None)
         cross_entropy_kernel, x, parts, (weight, loss, correct, counts, lse, stats, rank, scale, dx),
         (on, off, options.z_loss, options.ignore_index), len(options.topk) + 5, plan, 6,
         WEIGHTED=weight is not None, SPREAD=off > 0 or parts.kind == "dense", REDUCTION=options.reduction,
-        TOPK=options.topk, GRAD=dx is not None,
+        TOPK=clamp_topk(options.topk, x.shape[1]), GRAD=dx is not None,
         **(dict(DX_STRIDE=1, DX_EDGE=1) if dx is None else gradient_constants(logits, dx)))
 
 # %% ../../nbs/11_cross_entropy.ipynb #b5b6a6e1
-def forward(
-    logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, backend, keep_gradient,
-):
-    parts = Parts(y1, y2, lam, dense)
-    options = Options(weight, label_smoothing, ignore_index, z_loss, reduction, clamp_topk(topk, logits.shape[1]))
+def forward(logits, *inputs):
+    *shared, backend, keep_gradient = inputs
+    parts, options = split_inputs(shared, Options)
     stats, scale, gradient = _empty_saved(logits, backend, keep_gradient)
     if backend == "torch" or len(logits) == 0:
         scale = scales(logits, parts, options)
         return *torch_results(logits, parts, options, scale, gradient if keep_gradient else None), stats, scale, gradient
-    results = empty_results(logits, y2, reduction, len(topk))
-    plan = plan_rows(len(logits), row_layout(rows_contiguous(logits))[0], split=dense is None)
+    results = empty_results(logits, parts, options)
+    plan = plan_rows(len(logits), row_layout(rows_contiguous(logits))[0], split=parts.kind != "dense")
     launch_forward(logits, parts, options, plan, results, stats, scale)
     return *results, stats, scale, gradient
 
 
 def _empty_saved(logits, backend, keep_gradient):
     "What the backward pass needs: row statistics (3, N), scale (2,), and perhaps the gradient (N, C)."
-    (N, C), dtype = logits.shape, accumulated(logits)
-    stats = logits.new_empty((3, N if backend == "triton" else 0), dtype=dtype)
-    return stats, logits.new_empty(2, dtype=dtype), logits.new_empty((N, C) if keep_gradient else (0, C), dtype=dtype)
+    dtype = accumulated(logits)
+    stats = logits.new_empty((3, len(logits) if backend == "triton" else 0), dtype=dtype)
+    return stats, logits.new_empty(2, dtype=dtype), empty_kept(logits, keep_gradient)
 
 # %% ../../nbs/11_cross_entropy.ipynb #f0363d77
 cross_entropy_op = torch.library.custom_op(
     "tritoncls::cross_entropy", forward, mutates_args=(),
-    schema=f"(Tensor logits, {SCHEMA}, int[] topk, str backend, bool keep_gradient) -> "
+    schema=f"(Tensor logits, {SCHEMA}, str backend, bool keep_gradient) -> "
            "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 
 @cross_entropy_op.register_fake
-def _(logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, backend, keep_gradient):
-    return *empty_results(logits, y2, reduction, len(topk)), *_empty_saved(logits, backend, keep_gradient)
+def _(logits, *inputs):
+    *shared, backend, keep_gradient = inputs
+    return *empty_results(logits, *split_inputs(shared, Options)), *_empty_saved(logits, backend, keep_gradient)
 
 # %% ../../nbs/11_cross_entropy.ipynb #8b59c84f
 @torch.library.custom_op(
@@ -640,7 +645,7 @@ def both_at_once(logits, parts, options, grad_scale, backend, dx):
         results = torch_results(logits, parts, options, scale, gradient, gradient_scale)
         dx.copy_(gradient)
         return results
-    results = empty_results(logits, parts.y2, options.reduction, len(options.topk))
+    results = empty_results(logits, parts, options)
     x = rows_contiguous(logits)
     edge, peel = row_layout(x)
     plan = plan_rows(len(x), edge, ONE_LOAD if peel == 1 else HALF_TILES, split=False)
@@ -650,38 +655,32 @@ def both_at_once(logits, parts, options, grad_scale, backend, dx):
     return results
 
 # %% ../../nbs/11_cross_entropy.ipynb #8cc9802f
-BOTH_SCHEMA = f"{SCHEMA}, int[] topk, Tensor? grad_scale, str backend"
+BOTH_SCHEMA = f"{SCHEMA}, Tensor? grad_scale, str backend"
 
 
 @torch.library.custom_op(
     "tritoncls::cross_entropy_and_grad", mutates_args=(),
     schema=f"(Tensor logits, {BOTH_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-def cross_entropy_and_grad_op(
-    logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, grad_scale, backend,
-):
-    options = Options(weight, label_smoothing, ignore_index, z_loss, reduction, clamp_topk(topk, logits.shape[1]))
+def cross_entropy_and_grad_op(logits, *inputs):
+    *shared, grad_scale, backend = inputs
     dx = empty_gradient(logits)
-    return *both_at_once(logits, Parts(y1, y2, lam, dense), options, grad_scale, backend, dx), dx
+    return *both_at_once(logits, *split_inputs(shared, Options), grad_scale, backend, dx), dx
 
 
 @cross_entropy_and_grad_op.register_fake
-def _(logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, grad_scale, backend):
-    return *empty_results(logits, y2, reduction, len(topk)), empty_gradient(logits)
+def _(logits, *inputs): return *empty_results(logits, *split_inputs(inputs[:-2], Options)), empty_gradient(logits)
 
 # %% ../../nbs/11_cross_entropy.ipynb #5052cc83
 @torch.library.custom_op(
     "tritoncls::cross_entropy_and_grad_", mutates_args=("logits",),
     schema=f"(Tensor(a!) logits, {BOTH_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-def cross_entropy_and_grad_inplace_op(
-    logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, grad_scale, backend,
-):
-    options = Options(weight, label_smoothing, ignore_index, z_loss, reduction, clamp_topk(topk, logits.shape[1]))
-    return both_at_once(logits, Parts(y1, y2, lam, dense), options, grad_scale, backend, logits)
+def cross_entropy_and_grad_inplace_op(logits, *inputs):
+    *shared, grad_scale, backend = inputs
+    return both_at_once(logits, *split_inputs(shared, Options), grad_scale, backend, logits)
 
 
 @cross_entropy_and_grad_inplace_op.register_fake
-def _(logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, grad_scale, backend):
-    return empty_results(logits, y2, reduction, len(topk))
+def _(logits, *inputs): return empty_results(logits, *split_inputs(inputs[:-2], Options))
 
 # %% ../../nbs/11_cross_entropy.ipynb #d409c31b
 class LossOutput(NamedTuple):

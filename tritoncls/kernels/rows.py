@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Target', 'TARGET_SCHEMA', 'TILES', 'MAX_PROGRAMS', 'FEW_PROGRAMS', 'LEAST_TILE', 'LEAST_SPLIT', 'PEEL_FROM',
-           'REGISTERS', 'MixedTarget', 'Parts', 'target_parts', 'tile_at', 'inside_row', 'load_tile', 'load_class_ids',
-           'dense_argmax', 'at_class', 'load_target', 'hits', 'at_field', 'take_field', 'store_hits', 'store_sums',
-           'last_to_arrive', 'add_up', 'store_part', 'load_parts', 'sum_parts', 'Plan', 'plan_rows', 'arrivals',
-           'row_layout', 'rows_contiguous', 'target_arguments', 'tile_arguments', 'plan_arguments', 'launch_rows',
-           'launch_tiles', 'check_logits', 'check_target', 'check_class_ids', 'all_inside', 'check_lam', 'check_topk',
-           'kernel_backend']
+           'REGISTERS', 'MixedTarget', 'Parts', 'split_inputs', 'target_parts', 'tile_at', 'inside_row', 'load_tile',
+           'load_class_ids', 'dense_argmax', 'at_class', 'load_target', 'hits', 'at_field', 'take_field', 'store_hits',
+           'store_sums', 'last_to_arrive', 'add_up', 'store_part', 'load_parts', 'sum_parts', 'Plan', 'plan_rows',
+           'arrivals', 'row_layout', 'rows_contiguous', 'target_arguments', 'tile_arguments', 'plan_arguments',
+           'launch_rows', 'launch_tiles', 'check_logits', 'check_target', 'check_class_ids', 'all_inside', 'check_lam',
+           'check_topk', 'kernel_backend']
 
 # %% ../../nbs/09_rows.ipynb #f835265b
 from collections.abc import Sequence
@@ -45,6 +45,14 @@ class Parts(NamedTuple):
 
 
 TARGET_SCHEMA = "Tensor? y1, Tensor? y2, Tensor? lam, Tensor? dense"  # of an operator
+
+
+def split_inputs(
+    inputs: Sequence,  # of an operator: those of TARGET_SCHEMA, then a value for each field of `options`
+    options: type,     # a NamedTuple
+) -> tuple:            # Parts, options
+    "Target and options among the inputs of an operator."
+    return Parts(*inputs[:4]), options(*inputs[4:])
 
 
 def target_parts(
