@@ -50,27 +50,19 @@ def gradient(function, x):
     return loss.detach(), x.grad
 
 
+LOSSES = [  # ours, the formula, its options
+    pytest.param(cross_entropy, cross_entropy_reference, Options, id="cross_entropy"),
+    pytest.param(binary_cross_entropy, binary_cross_entropy_reference, BinaryOptions, id="binary_cross_entropy")]
+
+
+@pytest.mark.parametrize(("loss", "reference", "options"), LOSSES)
 @settings(max_examples=120, deadline=None)
 @given(problems(), st.sampled_from([0.0, 0.1]), st.sampled_from(["none", "sum"]), st.sampled_from(["torch", "triton"]))
-def test_cross_entropy(problem, smoothing, reduction, backend):
+def test_loss_and_gradient_are_those_of_the_formula_in_fp64(loss, reference, options, problem, smoothing, reduction, backend):
     x, target = problem
-    options = Options(label_smoothing=smoothing, reduction=reduction)
-    exact = gradient(lambda x: cross_entropy_reference(x, doubled(target), options), x.double())
-    ours = gradient(lambda x: cross_entropy(
-        x, target, label_smoothing=smoothing, reduction=reduction, backend=backend).loss, x)
-    close(ours[0], exact[0], torch.float32)
-    rows = exact[1].isfinite().all(1) & x.isfinite().all(1)
-    close(ours[1][rows], exact[1][rows], x.dtype)
-
-
-@settings(max_examples=80, deadline=None)
-@given(problems(), st.sampled_from([0.0, 0.1]), st.sampled_from(["none", "sum"]), st.sampled_from(["torch", "triton"]))
-def test_binary_cross_entropy(problem, smoothing, reduction, backend):
-    x, target = problem
-    options = BinaryOptions(label_smoothing=smoothing, reduction=reduction)
-    exact = gradient(lambda x: binary_cross_entropy_reference(x, doubled(target), options), x.double())
-    ours = gradient(lambda x: binary_cross_entropy(
-        x, target, label_smoothing=smoothing, reduction=reduction, backend=backend).loss, x)
+    chosen = dict(label_smoothing=smoothing, reduction=reduction)
+    exact = gradient(lambda x: reference(x, doubled(target), options(**chosen)), x.double())
+    ours = gradient(lambda x: loss(x, target, **chosen, backend=backend).loss, x)
     close(ours[0], exact[0], torch.float32)
     rows = exact[1].isfinite().all(1) & x.isfinite().all(1)
     close(ours[1][rows], exact[1][rows], x.dtype)

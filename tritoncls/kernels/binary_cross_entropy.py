@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BINARY_SCHEMA', 'BinaryOptions', 'binary_target', 'binary_cross_entropy_reference', 'softplus_of_minus_abs',
            'binary_tile', 'binary_rows', 'binary_cross_entropy_kernel', 'binary_cross_entropy_backward_kernel',
-           'factor_of', 'binary_torch', 'binary_shares', 'empty_binary', 'binary_constants', 'launch_binary',
-           'binary_cross_entropy_op', 'binary_cross_entropy_backward_op', 'binary_both',
+           'factor_of', 'binary_shares', 'binary_torch', 'empty_binary', 'binary_numbers', 'binary_constants',
+           'launch_binary', 'binary_cross_entropy_op', 'binary_cross_entropy_backward_op', 'binary_both',
            'binary_cross_entropy_and_grad_op', 'binary_cross_entropy_and_grad_inplace_op', 'binary_options',
            'broadcast_weight', 'binary_cross_entropy', 'binary_cross_entropy_and_grad']
 
@@ -16,15 +16,15 @@ from typing import NamedTuple
 
 import torch
 
-from ..runtime import UserError, launching
+from ..runtime import UserError
 from .rows import (
-    TARGET_SCHEMA, TILES, Parts, Target, add_up, at_class, at_field, check_logits, check_target, check_topk, inside_row,
-    kernel_backend, last_to_arrive, launch_rows, load_parts, load_target, load_tile, plan_arguments, plan_rows,
-    row_layout, rows_contiguous, take_field, target_arguments, target_parts, tile_at)
+    TARGET_SCHEMA, TILES, Parts, Target, add_up, at_field, check_logits, check_target, check_topk, inside_row,
+    kernel_backend, last_to_arrive, launch_rows, launch_tiles, load_class_ids, load_target, load_tile, plan_rows,
+    row_layout, rows_contiguous, split_inputs, store_part, store_sums, sum_parts, take_field, target_parts, tile_at)
 from .rank import clamp_topk, count_ahead, empty_counts, rank_rows, ranks_of, sum_hits
 from .cross_entropy import (
-    CPU_BLOCK, HALF_TILES, REDUCTIONS, LossOutput, accumulated, empty_gradient, gradient_constants, keep_nothing, loss_output,
-    no_second_derivative, scaled_gradient, smoothed)
+    CPU_BLOCK, HALF_TILES, REDUCTIONS, LossOutput, accumulated, coefficients, empty_gradient, empty_kept, gradient_constants,
+    keep_nothing, loss_output, no_second_derivative, scaled_gradient, smoothed, store_counts)
 
 import triton
 import triton.language as tl
@@ -40,7 +40,7 @@ class BinaryOptions(NamedTuple):
     reduction: str = "mean"                 # "none", "mean" or "sum"
     topk: tuple[int, ...] = (1, 5)          # each k of the accuracy
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #e9f7a5be
 def binary_target(
     parts: Parts,             # of the target; rows may be a block
     options: BinaryOptions,
@@ -56,7 +56,7 @@ def binary_target(
         if parts.y2 is not None: t.scatter_add_(1, parts.y2[:, None].long(), on * (1 - share))
     return t if options.target_threshold is None else (t > options.target_threshold).to(x.dtype)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #8efb3ce5
 def binary_cross_entropy_reference(
     logits: torch.Tensor,     # (N, C)
     target: Target,           # class ids in [0, C), dense, or mixed
@@ -81,7 +81,7 @@ def softplus_of_minus_abs(e):  # log(1 + e) for e = exp(-|x|)
     series = 1 / 5 + q * (1 / 7 + q * series)
     return 2.0 * r * (1.0 + q * (1 / 3 + q * series))
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #48d30201
 @triton.jit
 def binary_tile(
     x, offset, col, row, y, y2, share, d_ptr, w_ptr, v_ptr, N, on, off, threshold,
@@ -90,12 +90,8 @@ def binary_tile(
     C: tl.constexpr, STRIDE: tl.constexpr, PEEL: tl.constexpr,
 ):
     inside = inside_row(col, row, N, C, PEEL)
-    t = inside.to(tl.float32) * off
-    if KIND == "dense":
-        at = offset
-        if D_STRIDE != STRIDE: at = row.to(tl.int64)[:, None] * D_STRIDE + col
-        t += tl.load(d_ptr + at, mask=inside, other=0.0).to(tl.float32) * on
-    else:
+    t = coefficients(d_ptr, w_ptr, offset, col, row, N, on, off, KIND, False, D_STRIDE, STRIDE, PEEL, C)
+    if KIND != "dense":
         t += tl.where(col == y[:, None], (share * on)[:, None], 0.0)
         if KIND == "mixed": t += tl.where(col == y2[:, None], ((1.0 - share) * on)[:, None], 0.0)
     if THRESHOLD: t = (t > threshold).to(tl.float32)
@@ -129,7 +125,7 @@ def binary_rows(
     sums += at_field(valid, K, FIELDS) + at_field((bad > 0.0) & valid, K + 1, FIELDS)
     return sums + at_field(tl.where(valid, loss, 0.0), K + 2, FIELDS)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #fce17a37
 @triton.jit
 def binary_cross_entropy_kernel(
     x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, w_ptr, v_ptr, loss_ptr, correct_ptr, counts_ptr, rank_ptr, scale_ptr, dx_ptr,
@@ -147,10 +143,9 @@ def binary_cross_entropy_kernel(
     tile = tl.program_id(0)
     while tile * ROWS < N:
         row = tile * ROWS + tl.arange(0, ROWS)  # (ROWS,)
-        y, y2, share, valid = load_target(
-            y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, -1, KIND, LAM_STRIDE, D_STRIDE, C, ROWS, BLOCK)
+        y, y2, t, t2, share, valid = load_target(
+            x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, -1, KIND, LAM_STRIDE, D_STRIDE, C, STRIDE, ROWS, BLOCK)
         valid = row < N
-        t, t2 = at_class(x_ptr, row, y, N, STRIDE, C), at_class(x_ptr, row, y2, N, STRIDE, C)
         row_loss, bad = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
         ahead, ahead2 = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
         for i in range(0, CHUNK, BLOCK):
@@ -172,35 +167,30 @@ def binary_cross_entropy_kernel(
             sums += binary_rows(row_loss, bad, ahead, ahead2, t, t2, share, valid, row, N, loss_ptr, rank_ptr,
                                 KIND, ROW_LOSS, TOPK, FIELDS, C)
         else:
-            part = parts_ptr + row * SPLITS + split
-            tl.store(part, row_loss, mask=row < N)
-            tl.store(part + N * SPLITS, bad, mask=row < N)
-            tl.store(part + 2 * N * SPLITS, ahead, mask=row < N)
-            tl.store(part + 3 * N * SPLITS, ahead2, mask=row < N)
+            store_part(parts_ptr, 0, row_loss, row, N, SPLITS)
+            store_part(parts_ptr, 1, bad, row, N, SPLITS)
+            store_part(parts_ptr, 2, ahead, row, N, SPLITS)
+            store_part(parts_ptr, 3, ahead2, row, N, SPLITS)
         tile += tl.num_programs(0)
-    if SPLITS == 1: tl.store(sums_ptr + tl.program_id(0) * FIELDS + tl.arange(0, FIELDS), tl.sum(sums, 0))
+    if SPLITS == 1: store_sums(sums_ptr, sums, FIELDS)
 
     if last_to_arrive(arrivals_ptr):
         if SPLITS == 1:
             total = add_up(sums_ptr, PROGRAMS, FIELDS)
         else:
             row = tl.arange(0, SPLIT_ROWS)
-            y, y2, share, valid = load_target(
-                y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, -1, KIND, LAM_STRIDE, D_STRIDE, C, SPLIT_ROWS, BLOCK)
-            t, t2 = at_class(x_ptr, row, y, N, STRIDE, C), at_class(x_ptr, row, y2, N, STRIDE, C)
-            row_loss = tl.sum(load_parts(parts_ptr, 0, row, N, 0.0, SPLITS, SPLIT_COLS), 1)
-            bad = tl.sum(load_parts(parts_ptr, 1, row, N, 0.0, SPLITS, SPLIT_COLS), 1)
-            ahead = tl.sum(load_parts(parts_ptr, 2, row, N, 0.0, SPLITS, SPLIT_COLS), 1)
-            ahead2 = tl.sum(load_parts(parts_ptr, 3, row, N, 0.0, SPLITS, SPLIT_COLS), 1)
+            y, y2, t, t2, share, valid = load_target(
+                x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, -1, KIND, LAM_STRIDE, D_STRIDE, C, STRIDE, SPLIT_ROWS, BLOCK)
+            row_loss = sum_parts(parts_ptr, 0, row, N, SPLITS, SPLIT_COLS)
+            bad = sum_parts(parts_ptr, 1, row, N, SPLITS, SPLIT_COLS)
+            ahead = sum_parts(parts_ptr, 2, row, N, SPLITS, SPLIT_COLS)
+            ahead2 = sum_parts(parts_ptr, 3, row, N, SPLITS, SPLIT_COLS)
             total = tl.sum(binary_rows(row_loss, bad, ahead, ahead2, t, t2, share, row < N, row, N, loss_ptr, rank_ptr,
                                        KIND, ROW_LOSS, TOPK, FIELDS, C), 0)
-        K: tl.constexpr = len(TOPK)
-        field = tl.arange(0, FIELDS)
-        tl.store(correct_ptr + field, total.to(correct_ptr.dtype.element_ty), mask=field < K)
-        tl.store(counts_ptr + field - K, total.to(tl.int64), mask=(field >= K) & (field < K + 2))
-        if not EACH_LOSS and not ROW_LOSS: tl.store(loss_ptr, take_field(total, K + 2, FIELDS) * factor)
+        store_counts(correct_ptr, counts_ptr, total, TOPK, FIELDS)
+        if not EACH_LOSS and not ROW_LOSS: tl.store(loss_ptr, take_field(total, len(TOPK) + 2, FIELDS) * factor)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #c2d64841
 @triton.jit
 def binary_cross_entropy_backward_kernel(
     x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, w_ptr, v_ptr, g_ptr, dx_ptr, N, on, off, threshold, factor,
@@ -211,12 +201,7 @@ def binary_cross_entropy_backward_kernel(
     DX_EDGE: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
-    if KIND == "dense":
-        y, share = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.float32)
-        y2 = y
-    else:
-        y, y2, share, valid = load_target(
-            y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, -1, KIND, LAM_STRIDE, D_STRIDE, C, ROWS, BLOCK)
+    y, y2, share, valid = load_class_ids(y_ptr, y2_ptr, lam_ptr, row, N, -1, KIND, LAM_STRIDE, ROWS)
     start = tl.program_id(1) * BLOCK
     offset, col = tile_at(row, start, STRIDE, PEEL, BLOCK)
     x = load_tile(x_ptr, offset, col, row, start, N, C, EDGE, PEEL, ROWS, BLOCK)
@@ -237,6 +222,20 @@ def factor_of(logits: torch.Tensor, options: BinaryOptions) -> float:
     return 1 / count if count else float("nan")
 
 
+def binary_shares(x, block, at, options):
+    "Weights of the two terms of each loss; a row whose class id is out of range is NaN."
+    C = x.shape[1]
+    known = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for y in block[:2]:
+        if y is not None: known &= (y >= 0) & (y < C)
+    safe = Parts(*(None if y is None else y.where(known, 0) for y in block[:2]), block.lam, block.dense)
+    t = binary_target(safe, options, x).masked_fill(~known[:, None], float("nan"))
+    no, yes = 1 - t, t
+    if options.pos_weight is not None: yes = yes * options.pos_weight[at].to(x.dtype)
+    if options.weight is not None: no, yes = (share * options.weight[at].to(x.dtype) for share in (no, yes))
+    return no, yes
+
+# %% ../../nbs/12_binary_cross_entropy.ipynb #1da6bc96
 def binary_torch(logits, parts, options, gradient=None, gradient_factor=1.0):
     "Loss, hits, counts and ranks, and the gradient, in PyTorch."
     (N, C), dtype = logits.shape, accumulated(logits)
@@ -262,33 +261,24 @@ def binary_torch(logits, parts, options, gradient=None, gradient_factor=1.0):
             gradient[at] = (no * sigmoid - yes * (-x).sigmoid()) * gradient_factor
     counts = torch.stack([torch.full_like(nonfinite, N), nonfinite])
     if options.reduction != "none": loss = loss.sum() * factor_of(logits, options)
-    return loss, sum_hits(rank, parts.lam, options.topk), counts, rank
-
-
-def binary_shares(x, block, at, options):
-    "Weights of the two terms of each loss; a row whose class id is out of range is NaN."
-    C = x.shape[1]
-    known = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    for y in block[:2]:
-        if y is not None: known &= (y >= 0) & (y < C)
-    safe = Parts(*(None if y is None else y.where(known, 0) for y in block[:2]), block.lam, block.dense)
-    t = binary_target(safe, options, x).masked_fill(~known[:, None], float("nan"))
-    no, yes = 1 - t, t
-    if options.pos_weight is not None: yes = yes * options.pos_weight[at].to(x.dtype)
-    if options.weight is not None: no, yes = (share * options.weight[at].to(x.dtype) for share in (no, yes))
-    return no, yes
+    return loss, sum_hits(rank, parts.lam, clamp_topk(options.topk, C)), counts, rank
 
 # %% ../../nbs/12_binary_cross_entropy.ipynb #f8236013
-BINARY_SCHEMA = (f"Tensor logits, {TARGET_SCHEMA}, Tensor? weight, Tensor? pos_weight, float label_smoothing, "
-                 "float? target_threshold, bool sum_classes, str reduction, int[] topk")
+BINARY_SCHEMA = (f"{TARGET_SCHEMA}, Tensor? weight, Tensor? pos_weight, float label_smoothing, float? target_threshold, "
+                 "bool sum_classes, str reduction, int[] topk")
 
 
-def empty_binary(logits, y2, sum_classes, reduction, n_topk):
+def empty_binary(logits, parts, options):
     "Loss, hits at each k, number of rows and of nonfinite rows, and the ranks."
     N, C = logits.shape
-    correct, rank = empty_counts(logits, y2 is not None, n_topk)
-    shape = () if reduction != "none" else (N,) if sum_classes else (N, C)
+    correct, rank = empty_counts(logits, parts.y2 is not None, len(options.topk))
+    shape = () if options.reduction != "none" else (N,) if options.sum_classes else (N, C)
     return logits.new_empty(shape, dtype=accumulated(logits)), correct, logits.new_empty(2, dtype=torch.int64), rank
+
+
+def binary_numbers(x: torch.Tensor, options: BinaryOptions) -> tuple[float, float, float, float]:  # on, off, threshold, factor
+    "What both kernels compute with."
+    return *smoothed(options.label_smoothing, x.shape[1]), options.target_threshold or 0.0, factor_of(x, options)
 
 
 def binary_constants(parts: Parts, options: BinaryOptions) -> dict:
@@ -298,7 +288,7 @@ def binary_constants(parts: Parts, options: BinaryOptions) -> dict:
     return dict(W_ROW=w_row, W_COL=w_col, V_ROW=v_row, V_COL=v_col, WEIGHTED=options.weight is not None,
                 POS_WEIGHTED=options.pos_weight is not None, THRESHOLD=options.target_threshold is not None)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #15004ca9
 def launch_binary(logits, parts, options, results, scale=None, dx=None):
     "Launch the forward kernel; with `dx`, which may be the logits, it makes the gradient too."
     x, (loss, correct, counts, rank) = rows_contiguous(logits), results
@@ -307,57 +297,45 @@ def launch_binary(logits, parts, options, results, scale=None, dx=None):
     launch_rows(
         binary_cross_entropy_kernel, x, parts,
         (options.weight, options.pos_weight, loss, correct, counts, rank, scale, dx),
-        (*smoothed(options.label_smoothing, x.shape[1]), options.target_threshold or 0.0, factor_of(x, options)),
+        binary_numbers(x, options),
         len(options.topk) + 3, plan, 4, **binary_constants(parts, options), EACH_LOSS=loss.ndim == 2,
-        ROW_LOSS=loss.ndim == 1, GRAD=dx is not None, TOPK=options.topk,
+        ROW_LOSS=loss.ndim == 1, GRAD=dx is not None, TOPK=clamp_topk(options.topk, x.shape[1]),
         **(dict(DX_STRIDE=1, DX_EDGE=1) if dx is None else gradient_constants(x, dx)))
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #7ae774e8
 @torch.library.custom_op(
     "tritoncls::binary_cross_entropy", mutates_args=(),
-    schema=f"({BINARY_SCHEMA}, str backend, bool keep_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-def binary_cross_entropy_op(
-    logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk,
-    backend, keep_gradient,
-):
-    parts, topk = Parts(y1, y2, lam, dense), clamp_topk(topk, logits.shape[1])
-    options = BinaryOptions(weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk)
-    gradient = logits.new_empty(logits.shape if keep_gradient else (0, logits.shape[1]), dtype=accumulated(logits))
+    schema=f"(Tensor logits, {BINARY_SCHEMA}, str backend, bool keep_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+def binary_cross_entropy_op(logits, *inputs):
+    *shared, backend, keep_gradient = inputs
+    parts, options = split_inputs(shared, BinaryOptions)
+    gradient = empty_kept(logits, keep_gradient)
     if backend == "torch" or len(logits) == 0:
         return *binary_torch(
             logits, parts, options, gradient if keep_gradient else None, factor_of(logits, options)), gradient
-    results = empty_binary(logits, y2, sum_classes, reduction, len(topk))
+    results = empty_binary(logits, parts, options)
     launch_binary(logits, parts, options, results)
     return *results, gradient
 
 
 @binary_cross_entropy_op.register_fake
-def _(logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk,
-      backend, keep_gradient):
-    gradient = logits.new_empty(logits.shape if keep_gradient else (0, logits.shape[1]), dtype=accumulated(logits))
-    return *empty_binary(logits, y2, sum_classes, reduction, len(topk)), gradient
+def _(logits, *inputs):
+    *shared, _, keep_gradient = inputs
+    return *empty_binary(logits, *split_inputs(shared, BinaryOptions)), empty_kept(logits, keep_gradient)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #906addae
 @torch.library.custom_op(
-    "tritoncls::binary_cross_entropy_backward", mutates_args=(), schema=f"(Tensor g, {BINARY_SCHEMA}) -> Tensor")
-def binary_cross_entropy_backward_op(
-    g, logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk,
-):
+    "tritoncls::binary_cross_entropy_backward", mutates_args=(),
+    schema=f"(Tensor g, Tensor logits, {BINARY_SCHEMA}) -> Tensor")
+def binary_cross_entropy_backward_op(g, logits, *inputs):
     dx = empty_gradient(logits)
     if len(logits) == 0: return dx
-    x, parts = rows_contiguous(logits), Parts(y1, y2, lam, dense)
-    options = BinaryOptions(weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk)
-    edge, _ = row_layout(x)
-    plan = plan_rows(len(x), edge)
-    pointers, constants = target_arguments(parts, len(x))
-    shape = {name: value for name, value in plan_arguments(x, plan).items()
-             if name in ("C", "STRIDE", "EDGE", "PEEL", "ROWS", "BLOCK", "num_warps", "maxnreg")}
+    x, (parts, options) = rows_contiguous(logits), split_inputs(inputs, BinaryOptions)
     g_row, g_col = (g.stride() if g.ndim == 2 else (g.stride(0), 0)) if g.ndim else (0, 0)
-    with launching(x):
-        binary_cross_entropy_backward_kernel[(triton.cdiv(len(x), plan.rows), triton.cdiv(edge, plan.block))](
-            x, *pointers, weight, pos_weight, g, dx, len(x), *smoothed(label_smoothing, x.shape[1]),
-            target_threshold or 0.0, factor_of(x, options), G_ROW=g_row, G_COL=g_col,
-            **binary_constants(parts, options), **constants, **shape, **gradient_constants(x, dx))
+    launch_tiles(
+        binary_cross_entropy_backward_kernel, x, parts, (options.weight, options.pos_weight, g, dx),
+        binary_numbers(x, options),
+        G_ROW=g_row, G_COL=g_col, **binary_constants(parts, options), **gradient_constants(x, dx))
     return dx
 
 
@@ -367,7 +345,7 @@ def _(g, logits, *_): return empty_gradient(logits)
 
 binary_cross_entropy_backward_op.register_autograd(no_second_derivative, setup_context=keep_nothing)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #7e5ff606
 def _keep(ctx, inputs, output):
     logits, y1, y2, lam, dense, weight, pos_weight, *ctx.constants, _, ctx.keep_gradient = inputs
     _, *others, gradient = output
@@ -401,49 +379,36 @@ def binary_both(logits, parts, options, grad_scale, backend, dx):
         results = binary_torch(logits, parts, options, gradient, scale)
         dx.copy_(gradient)
         return results
-    results = empty_binary(logits, parts.y2, options.sum_classes, options.reduction, len(options.topk))
+    results = empty_binary(logits, parts, options)
     x = rows_contiguous(logits)
     launch_binary(x, parts, options, results, scale, dx if dx is not logits else x)
     if dx is logits and x is not logits: logits.copy_(x)
     return results
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #d577c43a
 @torch.library.custom_op(
     "tritoncls::binary_cross_entropy_and_grad", mutates_args=(),
-    schema=f"({BINARY_SCHEMA}, Tensor? grad_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-def binary_cross_entropy_and_grad_op(
-    logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk,
-    grad_scale, backend,
-):
-    options = BinaryOptions(weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction,
-                            clamp_topk(topk, logits.shape[1]))
+    schema=f"(Tensor logits, {BINARY_SCHEMA}, Tensor? grad_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+def binary_cross_entropy_and_grad_op(logits, *inputs):
+    *shared, grad_scale, backend = inputs
     dx = empty_gradient(logits)
-    return *binary_both(logits, Parts(y1, y2, lam, dense), options, grad_scale, backend, dx), dx
+    return *binary_both(logits, *split_inputs(shared, BinaryOptions), grad_scale, backend, dx), dx
 
 
 @binary_cross_entropy_and_grad_op.register_fake
-def _(logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk,
-      grad_scale, backend):
-    return *empty_binary(logits, y2, sum_classes, reduction, len(topk)), empty_gradient(logits)
+def _(logits, *inputs): return *empty_binary(logits, *split_inputs(inputs[:-2], BinaryOptions)), empty_gradient(logits)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #390888f1
 @torch.library.custom_op(
     "tritoncls::binary_cross_entropy_and_grad_", mutates_args=("logits",),
-    schema=f"({BINARY_SCHEMA.replace('Tensor logits', 'Tensor(a!) logits')}, Tensor? grad_scale, str backend) -> "
-           "(Tensor, Tensor, Tensor, Tensor)")
-def binary_cross_entropy_and_grad_inplace_op(
-    logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk,
-    grad_scale, backend,
-):
-    options = BinaryOptions(weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction,
-                            clamp_topk(topk, logits.shape[1]))
-    return binary_both(logits, Parts(y1, y2, lam, dense), options, grad_scale, backend, logits)
+    schema=f"(Tensor(a!) logits, {BINARY_SCHEMA}, Tensor? grad_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)")
+def binary_cross_entropy_and_grad_inplace_op(logits, *inputs):
+    *shared, grad_scale, backend = inputs
+    return binary_both(logits, *split_inputs(shared, BinaryOptions), grad_scale, backend, logits)
 
 
 @binary_cross_entropy_and_grad_inplace_op.register_fake
-def _(logits, y1, y2, lam, dense, weight, pos_weight, label_smoothing, target_threshold, sum_classes, reduction, topk,
-      grad_scale, backend):
-    return empty_binary(logits, y2, sum_classes, reduction, len(topk))
+def _(logits, *inputs): return empty_binary(logits, *split_inputs(inputs[:-2], BinaryOptions))
 
 # %% ../../nbs/12_binary_cross_entropy.ipynb #02452a0d
 def binary_options(
@@ -474,7 +439,7 @@ def broadcast_weight(name: str, w: torch.Tensor, logits: torch.Tensor) -> torch.
     except RuntimeError:
         raise UserError(f"{name} {tuple(w.shape)} does not broadcast to the logits' {tuple(logits.shape)}") from None
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #d4a1be5e
 def binary_cross_entropy(
     logits: torch.Tensor,                    # (N, C) fp32, bf16 or fp16; fp64 in PyTorch only
     target: Target,                          # (N,) class ids in [0, C), (N, C) dense, or a MixedTarget
@@ -498,7 +463,7 @@ def binary_cross_entropy(
         logits, *target_parts(target), *options[:-1], list(topk), backend, keep_gradient)
     return loss_output(loss, correct, counts, None, rank, return_rank)
 
-
+# %% ../../nbs/12_binary_cross_entropy.ipynb #bcefb8f7
 def binary_cross_entropy_and_grad(
     logits: torch.Tensor,                            # (N, C) fp32, bf16 or fp16; fp64 in PyTorch only
     target: Target,                                  # (N,) class ids in [0, C), (N, C) dense, or a MixedTarget

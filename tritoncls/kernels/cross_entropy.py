@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CPU_BLOCK', 'SCHEMA', 'cross_entropy_op', 'ONE_LOAD', 'HALF_TILES', 'BOTH_SCHEMA', 'REDUCTIONS', 'Options',
            'smoothed', 'dense_of', 'cross_entropy_reference', 'coefficients', 'class_coefficient', 'take_in',
-           'finish_rows', 'finish_sums', 'store_gradient', 'cross_entropy_kernel', 'join_parts',
-           'cross_entropy_backward_kernel', 'scales', 'accumulated', 'rows_torch', 'block_torch', 'valid_rows',
-           'block_ranks', 'empty_results', 'empty_gradient', 'gradient_constants', 'torch_results', 'launch_forward',
-           'forward', 'cross_entropy_backward_op', 'no_second_derivative', 'keep_nothing', 'EagerCrossEntropy',
-           'scale_gradient_op', 'scaled_gradient', 'both_at_once', 'cross_entropy_and_grad_op',
-           'cross_entropy_and_grad_inplace_op', 'LossOutput', 'check_options', 'loss_output', 'cross_entropy',
+           'finish_rows', 'store_counts', 'finish_sums', 'join_parts', 'store_gradient', 'cross_entropy_kernel',
+           'cross_entropy_backward_kernel', 'scales', 'accumulated', 'rows_torch', 'valid_rows', 'block_ranks',
+           'block_torch', 'empty_results', 'empty_gradient', 'empty_kept', 'gradient_constants', 'torch_results',
+           'launch_forward', 'forward', 'cross_entropy_backward_op', 'no_second_derivative', 'keep_nothing',
+           'scale_gradient_op', 'scaled_gradient', 'EagerCrossEntropy', 'both_at_once', 'cross_entropy_and_grad_op',
+           'cross_entropy_and_grad_inplace_op', 'LossOutput', 'loss_output', 'check_options', 'cross_entropy',
            'cross_entropy_and_grad']
 
 # %% ../../nbs/11_cross_entropy.ipynb #f081750b
@@ -19,11 +19,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..runtime import UserError, launching, values_are_checked
+from ..runtime import UserError, values_are_checked
 from .rows import (
-    TARGET_SCHEMA, Parts, Target, add_up, all_inside, at_class, at_field, check_logits, check_target, check_topk,
-    inside_row, kernel_backend, last_to_arrive, launch_rows, load_parts, load_target, load_tile, plan_arguments,
-    plan_rows, row_layout, rows_contiguous, take_field, target_arguments, target_parts, tile_at)
+    TARGET_SCHEMA, Parts, Target, add_up, all_inside, at_field, check_logits, check_target, check_topk, inside_row,
+    kernel_backend, last_to_arrive, launch_rows, launch_tiles, load_class_ids, load_parts, load_target, load_tile,
+    plan_rows, row_layout, rows_contiguous, split_inputs, store_hits, store_sums, sum_parts,
+    take_field, target_parts, tile_at)
 from .rank import clamp_topk, count_ahead, empty_counts, rank_beside, rank_rows, ranks_of, sum_hits
 
 import triton
@@ -47,7 +48,7 @@ def smoothed(
     "What is left of the target, and what every class gets on top."
     return 1 - label_smoothing, label_smoothing / n_classes
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #7c538092
 def dense_of(
     parts: Parts,      # of a target
     n_classes: int,    # C
@@ -60,7 +61,7 @@ def dense_of(
     if parts.kind == "ids": return q1
     return parts.lam.to(dtype)[:, None] * q1 + (1 - parts.lam.to(dtype)[:, None]) * (parts.y2[:, None] == columns)
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #31943488
 def cross_entropy_reference(
     logits: torch.Tensor,   # (N, C)
     target: Target,         # class ids in [0, C) or ignore_index, dense, or mixed
@@ -105,7 +106,7 @@ def class_coefficient(w_ptr, y, share, on, KIND: tl.constexpr, WEIGHTED: tl.cons
         if WEIGHTED: c *= tl.load(w_ptr + tl.where(known, y, 0), mask=known, other=0.0).to(tl.float32)
         return c  # (ROWS,)
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #ec9a72cd
 @triton.jit
 def take_in(
     x, offset, col, row, m, shift, total, mass, dot, ahead, ahead2, t, y, t2, y2, d_ptr, w_ptr, N, on, off,
@@ -163,6 +164,13 @@ def finish_rows(
     sums += at_field(loss, K + 2, FIELDS) + at_field(weight, K + 3, FIELDS) + at_field(square, K + 4, FIELDS)
     return sums  # (ROWS, FIELDS)
 
+# %% ../../nbs/11_cross_entropy.ipynb #2757df26
+@triton.jit
+def store_counts(correct_ptr, counts_ptr, total, TOPK: tl.constexpr, FIELDS: tl.constexpr):
+    store_hits(correct_ptr, total, TOPK, FIELDS)
+    i = tl.arange(0, FIELDS) - len(TOPK)
+    tl.store(counts_ptr + i, total.to(tl.int64), mask=(i >= 0) & (i < 2))
+
 
 @triton.jit
 def finish_sums(
@@ -170,9 +178,7 @@ def finish_sums(
     REDUCTION: tl.constexpr, GRAD: tl.constexpr, TOPK: tl.constexpr, FIELDS: tl.constexpr,
 ):
     K: tl.constexpr = len(TOPK)
-    field = tl.arange(0, FIELDS)
-    tl.store(correct_ptr + field, total.to(correct_ptr.dtype.element_ty), mask=field < K)
-    tl.store(counts_ptr + field - K, total.to(tl.int64), mask=(field >= K) & (field < K + 2))
+    store_counts(correct_ptr, counts_ptr, total, TOPK, FIELDS)
     per_weight, per_row = 1.0, z_loss
     if REDUCTION == "mean":
         per_weight = 1.0 / take_field(total, K + 3, FIELDS)
@@ -185,6 +191,19 @@ def finish_sums(
         if REDUCTION == "mean": loss = loss / take_field(total, K + 3, FIELDS)
         square = take_field(total, K + 4, FIELDS)
         tl.store(loss_ptr, tl.where(per_row == 0.0, loss, loss + per_row * square))
+
+# %% ../../nbs/11_cross_entropy.ipynb #2ca83e17
+@triton.jit
+def join_parts(parts_ptr, row, N, SPLITS: tl.constexpr, SPLIT_COLS: tl.constexpr):
+    m = load_parts(parts_ptr, 0, row, N, float("-inf"), SPLITS, SPLIT_COLS)                # (SPLIT_ROWS, SPLIT_COLS)
+    total = load_parts(parts_ptr, 1, row, N, 0.0, SPLITS, SPLIT_COLS)
+    mass = load_parts(parts_ptr, 2, row, N, 0.0, SPLITS, SPLIT_COLS)
+    dot = load_parts(parts_ptr, 3, row, N, 0.0, SPLITS, SPLIT_COLS)
+    top = tl.max(m, 1)
+    shift = tl.where(top == float("-inf"), 0.0, top)[:, None]
+    old_shift = tl.where(m == float("-inf"), 0.0, m)
+    return (top, tl.sum(total * tl.exp(m - shift), 1), tl.sum(mass, 1), tl.sum(dot + mass * (old_shift - shift), 1),
+            sum_parts(parts_ptr, 4, row, N, SPLITS, SPLIT_COLS), sum_parts(parts_ptr, 5, row, N, SPLITS, SPLIT_COLS))
 
 # %% ../../nbs/11_cross_entropy.ipynb #9580165f
 @triton.jit
@@ -226,9 +245,8 @@ def cross_entropy_kernel(
     tile = tl.program_id(0)
     while tile * ROWS < N:
         row = tile * ROWS + tl.arange(0, ROWS)  # (ROWS,)
-        y, y2, share, valid = load_target(
-            y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, ROWS, BLOCK)
-        t, t2 = at_class(x_ptr, row, y, N, STRIDE, C), at_class(x_ptr, row, y2, N, STRIDE, C)
+        y, y2, t, t2, share, valid = load_target(
+            x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, STRIDE, ROWS, BLOCK)
         m, shift = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
         total, mass, dot = tl.zeros_like(shift), tl.zeros_like(shift), tl.zeros_like(shift)
         ahead, ahead2 = tl.zeros_like(shift), tl.zeros_like(shift)
@@ -267,7 +285,7 @@ def cross_entropy_kernel(
                             x, offset, col, row, dx_ptr, d_ptr, w_ptr, y, y2, share, valid, shift, log_sum, mass, a, b,
                             N, on, off, KIND, WEIGHTED, SPREAD, D_STRIDE, C, STRIDE, PEEL, DX_STRIDE, DX_EDGE)
         else:
-            part = parts_ptr + row * SPLITS + split
+            part = parts_ptr + row * SPLITS + split  # `store_part` costs two registers here
             tl.store(part, m, mask=row < N)
             tl.store(part + N * SPLITS, total, mask=row < N)
             tl.store(part + 2 * N * SPLITS, mass, mask=row < N)
@@ -275,38 +293,23 @@ def cross_entropy_kernel(
             tl.store(part + 4 * N * SPLITS, ahead, mask=row < N)
             tl.store(part + 5 * N * SPLITS, ahead2, mask=row < N)
         tile += tl.num_programs(0)
-    if SPLITS == 1: tl.store(sums_ptr + tl.program_id(0) * FIELDS + tl.arange(0, FIELDS), tl.sum(sums, 0))
+    if SPLITS == 1: store_sums(sums_ptr, sums, FIELDS)
 
     if last_to_arrive(arrivals_ptr):
         if SPLITS == 1:
             total = add_up(sums_ptr, PROGRAMS, FIELDS)
         else:
             row = tl.arange(0, SPLIT_ROWS)
-            y, y2, share, valid = load_target(
-                y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, SPLIT_ROWS, BLOCK)
-            t, t2 = at_class(x_ptr, row, y, N, STRIDE, C), at_class(x_ptr, row, y2, N, STRIDE, C)
+            y, y2, t, t2, share, valid = load_target(
+                x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, STRIDE,
+                SPLIT_ROWS, BLOCK)
             m, total, mass, dot, ahead, ahead2 = join_parts(parts_ptr, row, N, SPLITS, SPLIT_COLS)
             total = tl.sum(finish_rows(
                 m, total, mass, dot, ahead, ahead2, t, y, t2, y2, share, valid, row, N, on, z_loss,
                 w_ptr, loss_ptr, lse_ptr, stats_ptr, rank_ptr, KIND, WEIGHTED, REDUCTION, TOPK, FIELDS, C), 0)
         finish_sums(total, loss_ptr, correct_ptr, counts_ptr, scale_ptr, z_loss, REDUCTION, GRAD, TOPK, FIELDS)
 
-
-@triton.jit
-def join_parts(parts_ptr, row, N, SPLITS: tl.constexpr, SPLIT_COLS: tl.constexpr):
-    m = load_parts(parts_ptr, 0, row, N, float("-inf"), SPLITS, SPLIT_COLS)                # (SPLIT_ROWS, SPLIT_COLS)
-    total = load_parts(parts_ptr, 1, row, N, 0.0, SPLITS, SPLIT_COLS)
-    mass = load_parts(parts_ptr, 2, row, N, 0.0, SPLITS, SPLIT_COLS)
-    dot = load_parts(parts_ptr, 3, row, N, 0.0, SPLITS, SPLIT_COLS)
-    ahead = load_parts(parts_ptr, 4, row, N, 0.0, SPLITS, SPLIT_COLS)
-    ahead2 = load_parts(parts_ptr, 5, row, N, 0.0, SPLITS, SPLIT_COLS)
-    top = tl.max(m, 1)
-    shift = tl.where(top == float("-inf"), 0.0, top)[:, None]
-    old_shift = tl.where(m == float("-inf"), 0.0, m)
-    return (top, tl.sum(total * tl.exp(m - shift), 1), tl.sum(mass, 1), tl.sum(dot + mass * (old_shift - shift), 1),
-            tl.sum(ahead, 1), tl.sum(ahead2, 1))
-
-
+# %% ../../nbs/11_cross_entropy.ipynb #9ff6e931
 @triton.jit
 def cross_entropy_backward_kernel(
     x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, w_ptr, stats_ptr, scale_ptr, g_ptr, dx_ptr, N, on, off, ignore_index,
@@ -315,12 +318,7 @@ def cross_entropy_backward_kernel(
     PEEL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DX_STRIDE: tl.constexpr, DX_EDGE: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
-    if KIND == "dense":
-        y, share, valid = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.float32), row < N
-        y2 = y
-    else:
-        y, y2, share, valid = load_target(
-            y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index, KIND, LAM_STRIDE, D_STRIDE, C, ROWS, BLOCK)
+    y, y2, share, valid = load_class_ids(y_ptr, y2_ptr, lam_ptr, row, N, ignore_index, KIND, LAM_STRIDE, ROWS)
     shift = tl.load(stats_ptr + row, mask=row < N, other=0.0)
     log_sum = tl.load(stats_ptr + N + row, mask=row < N, other=0.0)
     mass = tl.load(stats_ptr + 2 * N + row, mask=row < N, other=0.0)
@@ -357,7 +355,7 @@ def scales(
 def accumulated(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #11498673
 def rows_torch(
     logits: torch.Tensor,             # (N, C)
     parts: Parts,                     # of the target
@@ -379,7 +377,21 @@ def rows_torch(
             logits[at].to(scale.dtype), block, options, weight, scale, z, with_gradient=gradient is not None))
     return blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True)))
 
+# %% ../../nbs/11_cross_entropy.ipynb #0b6603ac
+def valid_rows(y: torch.Tensor, ignore_index: int, n_classes: int) -> torch.Tensor | None:
+    "Rows that are not ignored (R, 1); None where a look at the values shows that none is."
+    nothing_to_ignore = not 0 <= ignore_index < n_classes and values_are_checked(y) and all_inside(y, n_classes)
+    return None if nothing_to_ignore else (y != ignore_index)[:, None]
 
+
+def block_ranks(x, parts, options, room):
+    "`ranks_of`, with fewer steps where they count: class ids on the CPU that are all in range."
+    if x.device.type != "cpu" or parts.kind != "ids" or valid_rows(parts.y1, options.ignore_index, x.shape[1]) is not None:
+        return ranks_of(x, parts, options.ignore_index)
+    y = parts.y1[:, None].long()
+    return rank_beside(x, x.gather(1, y), y, room)
+
+# %% ../../nbs/11_cross_entropy.ipynb #9bff5462
 def block_torch(x, parts, options, weight, scale, z, with_gradient):
     "Cross-entropy, lse, log-sum and rank of the rows of x (R, C); their gradient goes to z (R, C)."
     C = x.shape[1]
@@ -432,38 +444,30 @@ def block_torch(x, parts, options, weight, scale, z, with_gradient):
         for rows, value in wrong: z.masked_fill_(~rows, value)
     return loss[:, 0], lse[:, 0], log_sum[:, 0], rank
 
-
-def valid_rows(y: torch.Tensor, ignore_index: int, n_classes: int) -> torch.Tensor | None:
-    "Rows that are not ignored (R, 1); None where a look at the values shows that none is."
-    nothing_to_ignore = not 0 <= ignore_index < n_classes and values_are_checked(y) and all_inside(y, n_classes)
-    return None if nothing_to_ignore else (y != ignore_index)[:, None]
-
-
-def block_ranks(x, parts, options, room):
-    "`ranks_of`, with fewer steps where they count: class ids on the CPU that are all in range."
-    if x.device.type != "cpu" or parts.kind != "ids" or valid_rows(parts.y1, options.ignore_index, x.shape[1]) is not None:
-        return ranks_of(x, parts, options.ignore_index)
-    y = parts.y1[:, None].long()
-    return rank_beside(x, x.gather(1, y), y, room)
-
 # %% ../../nbs/11_cross_entropy.ipynb #90b7891e
-SCHEMA = f"{TARGET_SCHEMA}, Tensor? weight, float label_smoothing, int ignore_index, float z_loss, str reduction"
+SCHEMA = (f"{TARGET_SCHEMA}, Tensor? weight, float label_smoothing, int ignore_index, float z_loss, str reduction, "
+          "int[] topk")
 
 
-def empty_results(logits, y2, reduction, n_topk):
+def empty_results(logits, parts, options):
     "Loss, hits at each k, number of valid and of nonfinite rows, lse, and the ranks."
     N, dtype = logits.shape[0], accumulated(logits)
-    correct, rank = empty_counts(logits, y2 is not None, n_topk)
-    loss = logits.new_empty((N,) if reduction == "none" else (), dtype=dtype)
+    correct, rank = empty_counts(logits, parts.y2 is not None, len(options.topk))
+    loss = logits.new_empty((N,) if options.reduction == "none" else (), dtype=dtype)
     return loss, correct, logits.new_empty(2, dtype=torch.int64), logits.new_empty(N, dtype=dtype), rank
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #79f23ef5
 def empty_gradient(logits: torch.Tensor) -> torch.Tensor:
     "Room for the gradient; rows padded to 16 bytes where those of the logits are."
     (N, C), wide = logits.shape, 16 // logits.element_size()
     stride = logits.stride(0)
     padded = N > 1 and logits.stride(1) == 1 and stride % wide == 0 and 0 < stride - C < 16
     return logits.new_empty((N, stride))[:, :C] if padded else logits.new_empty((N, C))
+
+
+def empty_kept(logits: torch.Tensor, keep_gradient: bool) -> torch.Tensor:
+    "Room for the gradient that a forward pass keeps, or for none."
+    return logits.new_empty(logits.shape if keep_gradient else (0, logits.shape[1]), dtype=accumulated(logits))
 
 
 def gradient_constants(x: torch.Tensor, dx: torch.Tensor) -> dict:
@@ -473,7 +477,7 @@ def gradient_constants(x: torch.Tensor, dx: torch.Tensor) -> dict:
     own_padding = dx.data_ptr() != x.data_ptr() and stride > C
     return dict(DX_STRIDE=stride, DX_EDGE=-(-C // wide) * wide if own_padding else C)
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #3bef2c1a
 def torch_results(logits, parts, options, scale, gradient=None, gradient_scale=None):
     "What the kernel computes, in PyTorch."
     loss, lse, log_sum, rank = rows_torch(
@@ -483,7 +487,7 @@ def torch_results(logits, parts, options, scale, gradient=None, gradient_scale=N
     if options.reduction != "none": loss = loss.sum() * scale[0] + (0.0 if square is None else square.sum() * scale[1])
     elif square is not None: loss = loss + options.z_loss * square
     counts = torch.stack([valid.sum(), log_sum.isnan().sum()])
-    return loss, sum_hits(rank, parts.lam, options.topk), counts, lse, rank
+    return loss, sum_hits(rank, parts.lam, clamp_topk(options.topk, logits.shape[1])), counts, lse, rank
 
 
 def launch_forward(logits, parts, options, plan, results, stats, scale, dx=None):
@@ -496,41 +500,40 @@ def launch_forward(logits, parts, options, plan, results, stats, scale, dx=None)
         cross_entropy_kernel, x, parts, (weight, loss, correct, counts, lse, stats, rank, scale, dx),
         (on, off, options.z_loss, options.ignore_index), len(options.topk) + 5, plan, 6,
         WEIGHTED=weight is not None, SPREAD=off > 0 or parts.kind == "dense", REDUCTION=options.reduction,
-        TOPK=options.topk, GRAD=dx is not None,
+        TOPK=clamp_topk(options.topk, x.shape[1]), GRAD=dx is not None,
         **(dict(DX_STRIDE=1, DX_EDGE=1) if dx is None else gradient_constants(logits, dx)))
 
-
-def forward(
-    logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, backend, keep_gradient,
-):
-    parts = Parts(y1, y2, lam, dense)
-    options = Options(weight, label_smoothing, ignore_index, z_loss, reduction, clamp_topk(topk, logits.shape[1]))
+# %% ../../nbs/11_cross_entropy.ipynb #b5b6a6e1
+def forward(logits, *inputs):
+    *shared, backend, keep_gradient = inputs
+    parts, options = split_inputs(shared, Options)
     stats, scale, gradient = _empty_saved(logits, backend, keep_gradient)
     if backend == "torch" or len(logits) == 0:
         scale = scales(logits, parts, options)
         return *torch_results(logits, parts, options, scale, gradient if keep_gradient else None), stats, scale, gradient
-    results = empty_results(logits, y2, reduction, len(topk))
-    plan = plan_rows(len(logits), row_layout(rows_contiguous(logits))[0], split=dense is None)
+    results = empty_results(logits, parts, options)
+    plan = plan_rows(len(logits), row_layout(rows_contiguous(logits))[0], split=parts.kind != "dense")
     launch_forward(logits, parts, options, plan, results, stats, scale)
     return *results, stats, scale, gradient
 
 
+def _empty_saved(logits, backend, keep_gradient):
+    "What the backward pass needs: row statistics (3, N), scale (2,), and perhaps the gradient (N, C)."
+    dtype = accumulated(logits)
+    stats = logits.new_empty((3, len(logits) if backend == "triton" else 0), dtype=dtype)
+    return stats, logits.new_empty(2, dtype=dtype), empty_kept(logits, keep_gradient)
+
+# %% ../../nbs/11_cross_entropy.ipynb #f0363d77
 cross_entropy_op = torch.library.custom_op(
     "tritoncls::cross_entropy", forward, mutates_args=(),
-    schema=f"(Tensor logits, {SCHEMA}, int[] topk, str backend, bool keep_gradient) -> "
+    schema=f"(Tensor logits, {SCHEMA}, str backend, bool keep_gradient) -> "
            "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 
 @cross_entropy_op.register_fake
-def _(logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, backend, keep_gradient):
-    return *empty_results(logits, y2, reduction, len(topk)), *_empty_saved(logits, backend, keep_gradient)
-
-
-def _empty_saved(logits, backend, keep_gradient):
-    "What the backward pass needs: row statistics (3, N), scale (2,), and perhaps the gradient (N, C)."
-    (N, C), dtype = logits.shape, accumulated(logits)
-    stats = logits.new_empty((3, N if backend == "triton" else 0), dtype=dtype)
-    return stats, logits.new_empty(2, dtype=dtype), logits.new_empty((N, C) if keep_gradient else (0, C), dtype=dtype)
+def _(logits, *inputs):
+    *shared, backend, keep_gradient = inputs
+    return *empty_results(logits, *split_inputs(shared, Options)), *_empty_saved(logits, backend, keep_gradient)
 
 # %% ../../nbs/11_cross_entropy.ipynb #8b59c84f
 @torch.library.custom_op(
@@ -542,17 +545,11 @@ def cross_entropy_backward_op(g, logits, stats, scale, y1, y2, lam, dense, weigh
     if len(logits) == 0: return dx
     x, parts = rows_contiguous(logits), Parts(y1, y2, lam, dense)
     on, off = smoothed(label_smoothing, x.shape[1])
-    edge, peel = row_layout(x)
-    plan = plan_rows(len(x), edge)
-    pointers, constants = target_arguments(parts, len(x))
     weight = None if weight is None else weight.contiguous()
-    shape = {name: value for name, value in plan_arguments(x, plan).items()
-             if name in ("C", "STRIDE", "EDGE", "PEEL", "ROWS", "BLOCK", "num_warps", "maxnreg")}
-    with launching(x):
-        cross_entropy_backward_kernel[(triton.cdiv(len(x), plan.rows), triton.cdiv(edge, plan.block))](
-            x, *pointers, weight, stats, scale, g.contiguous(), dx, len(x), on, off, ignore_index,
-            G_STRIDE=int(g.ndim == 1), WEIGHTED=weight is not None, SPREAD=off > 0 or parts.kind == "dense",
-            **constants, **shape, **gradient_constants(x, dx))
+    launch_tiles(
+        cross_entropy_backward_kernel, x, parts, (weight, stats, scale, g.contiguous(), dx), (on, off, ignore_index),
+        G_STRIDE=int(g.ndim == 1), WEIGHTED=weight is not None, SPREAD=off > 0 or parts.kind == "dense",
+        **gradient_constants(x, dx))
     return dx
 
 
@@ -569,42 +566,7 @@ def keep_nothing(ctx, inputs, output): pass
 
 cross_entropy_backward_op.register_autograd(no_second_derivative, setup_context=keep_nothing)
 
-
-def _keep(ctx, inputs, output):
-    logits, y1, y2, lam, dense, weight, ctx.label_smoothing, ctx.ignore_index, *_, ctx.keep_gradient = inputs
-    loss, *others, stats, scale, gradient = output
-    ctx.mark_non_differentiable(*others, stats, scale, gradient)
-    ctx.set_materialize_grads(False)  # or each of these outputs would get a gradient full of zeros
-    ctx.save_for_backward(logits, stats, scale, y1, y2, lam, dense, weight)
-    ctx.gradient, ctx.inputs_after_target = gradient, inputs[6:]
-
-
-def _backward(ctx, g, *_):
-    if g is None: return (None,) * 13
-    logits, stats, scale, *parts, weight = ctx.saved_tensors
-    if ctx.keep_gradient:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None: gradient = cross_entropy_op(logits.detach(), *parts, weight, *ctx.inputs_after_target)[-1]
-        dx = scaled_gradient(gradient, g, logits)
-    else:
-        dx = cross_entropy_backward_op(g, logits, stats, scale, *parts, weight, ctx.label_smoothing, ctx.ignore_index)
-    return dx, *(None,) * 12
-
-
-cross_entropy_op.register_autograd(_backward, setup_context=_keep)
-
-
-class EagerCrossEntropy(torch.autograd.Function):
-    "The operator for CPU tensors outside of torch.compile: the same functions, without half a millisecond of dispatch."
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = forward(*inputs)
-        _keep(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
-
-
+# %% ../../nbs/11_cross_entropy.ipynb #bd72b864
 @torch.library.custom_op(
     "tritoncls::scale_gradient", mutates_args=(), schema="(Tensor gradient, Tensor g, Tensor logits) -> Tensor")
 def scale_gradient_op(gradient, g, logits):
@@ -629,6 +591,41 @@ def scaled_gradient(
     if g.ndim == 0 and g.item() == 1: return gradient.to(logits.dtype)
     return gradient.mul_(g[:, None] if g.ndim == 1 else g).to(logits.dtype)
 
+# %% ../../nbs/11_cross_entropy.ipynb #524c2b1e
+def _keep(ctx, inputs, output):
+    logits, y1, y2, lam, dense, weight, ctx.label_smoothing, ctx.ignore_index, *_, ctx.keep_gradient = inputs
+    loss, *others, stats, scale, gradient = output
+    ctx.mark_non_differentiable(*others, stats, scale, gradient)
+    ctx.set_materialize_grads(False)  # or each of these outputs would get a gradient full of zeros
+    ctx.save_for_backward(logits, stats, scale, y1, y2, lam, dense, weight)
+    ctx.gradient, ctx.inputs_after_target = gradient, inputs[6:]
+
+
+def _backward(ctx, g, *_):
+    if g is None: return (None,) * 13
+    logits, stats, scale, *parts, weight = ctx.saved_tensors
+    if ctx.keep_gradient:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None: gradient = cross_entropy_op(logits.detach(), *parts, weight, *ctx.inputs_after_target)[-1]
+        dx = scaled_gradient(gradient, g, logits)
+    else:
+        dx = cross_entropy_backward_op(g, logits, stats, scale, *parts, weight, ctx.label_smoothing, ctx.ignore_index)
+    return dx, *(None,) * 12
+
+
+cross_entropy_op.register_autograd(_backward, setup_context=_keep)
+
+# %% ../../nbs/11_cross_entropy.ipynb #645ac105
+class EagerCrossEntropy(torch.autograd.Function):
+    "The operator for CPU tensors outside of torch.compile: the same functions, without half a millisecond of dispatch."
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = forward(*inputs)
+        _keep(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
 # %% ../../nbs/11_cross_entropy.ipynb #dd23b010
 ONE_LOAD = (  # classes up to, elements of a tile, warps
     (2048, 2048, 4),
@@ -648,7 +645,7 @@ def both_at_once(logits, parts, options, grad_scale, backend, dx):
         results = torch_results(logits, parts, options, scale, gradient, gradient_scale)
         dx.copy_(gradient)
         return results
-    results = empty_results(logits, parts.y2, options.reduction, len(options.topk))
+    results = empty_results(logits, parts, options)
     x = rows_contiguous(logits)
     edge, peel = row_layout(x)
     plan = plan_rows(len(x), edge, ONE_LOAD if peel == 1 else HALF_TILES, split=False)
@@ -657,39 +654,33 @@ def both_at_once(logits, parts, options, grad_scale, backend, dx):
     if dx is logits and x is not logits: logits.copy_(x)
     return results
 
-
-BOTH_SCHEMA = f"{SCHEMA}, int[] topk, Tensor? grad_scale, str backend"
+# %% ../../nbs/11_cross_entropy.ipynb #8cc9802f
+BOTH_SCHEMA = f"{SCHEMA}, Tensor? grad_scale, str backend"
 
 
 @torch.library.custom_op(
     "tritoncls::cross_entropy_and_grad", mutates_args=(),
     schema=f"(Tensor logits, {BOTH_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-def cross_entropy_and_grad_op(
-    logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, grad_scale, backend,
-):
-    options = Options(weight, label_smoothing, ignore_index, z_loss, reduction, clamp_topk(topk, logits.shape[1]))
+def cross_entropy_and_grad_op(logits, *inputs):
+    *shared, grad_scale, backend = inputs
     dx = empty_gradient(logits)
-    return *both_at_once(logits, Parts(y1, y2, lam, dense), options, grad_scale, backend, dx), dx
+    return *both_at_once(logits, *split_inputs(shared, Options), grad_scale, backend, dx), dx
 
 
 @cross_entropy_and_grad_op.register_fake
-def _(logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, grad_scale, backend):
-    return *empty_results(logits, y2, reduction, len(topk)), empty_gradient(logits)
+def _(logits, *inputs): return *empty_results(logits, *split_inputs(inputs[:-2], Options)), empty_gradient(logits)
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #5052cc83
 @torch.library.custom_op(
     "tritoncls::cross_entropy_and_grad_", mutates_args=("logits",),
     schema=f"(Tensor(a!) logits, {BOTH_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-def cross_entropy_and_grad_inplace_op(
-    logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, grad_scale, backend,
-):
-    options = Options(weight, label_smoothing, ignore_index, z_loss, reduction, clamp_topk(topk, logits.shape[1]))
-    return both_at_once(logits, Parts(y1, y2, lam, dense), options, grad_scale, backend, logits)
+def cross_entropy_and_grad_inplace_op(logits, *inputs):
+    *shared, grad_scale, backend = inputs
+    return both_at_once(logits, *split_inputs(shared, Options), grad_scale, backend, logits)
 
 
 @cross_entropy_and_grad_inplace_op.register_fake
-def _(logits, y1, y2, lam, dense, weight, label_smoothing, ignore_index, z_loss, reduction, topk, grad_scale, backend):
-    return empty_results(logits, y2, reduction, len(topk))
+def _(logits, *inputs): return empty_results(logits, *split_inputs(inputs[:-2], Options))
 
 # %% ../../nbs/11_cross_entropy.ipynb #d409c31b
 class LossOutput(NamedTuple):
@@ -702,6 +693,10 @@ class LossOutput(NamedTuple):
     rank: torch.Tensor | None    # (N,) int32 classes ahead of the target, (N, 2) for mixed targets; on request
 
 
+def loss_output(loss, correct, counts, lse, rank, return_rank: bool) -> LossOutput:
+    return LossOutput(loss, correct, counts[0], counts[1], lse, rank if return_rank else None)
+
+# %% ../../nbs/11_cross_entropy.ipynb #e68e50ca
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -720,11 +715,7 @@ def check_options(logits: torch.Tensor, options: Options, reductions: Sequence[s
         raise UserError(f"weight needs to be floating ({C},) without gradient, not {weight.dtype} {tuple(weight.shape)}")
     if weight.device != logits.device: raise UserError(f"weight is on {weight.device}, logits are on {logits.device}")
 
-
-def loss_output(loss, correct, counts, lse, rank, return_rank: bool) -> LossOutput:
-    return LossOutput(loss, correct, counts[0], counts[1], lse, rank if return_rank else None)
-
-
+# %% ../../nbs/11_cross_entropy.ipynb #bc7c4c59
 def cross_entropy(
     logits: torch.Tensor,                # (N, C) fp32, bf16 or fp16; fp64 in PyTorch only
     target: Target,                      # (N,) class ids in [0, C), (N, C) dense, or a MixedTarget
@@ -749,7 +740,7 @@ def cross_entropy(
     op = EagerCrossEntropy.apply if keep_gradient and not torch.compiler.is_compiling() else cross_entropy_op
     return loss_output(*op(logits, *inputs)[:5], return_rank)
 
-
+# %% ../../nbs/11_cross_entropy.ipynb #0763d69c
 def cross_entropy_and_grad(
     logits: torch.Tensor,                          # (N, C) fp32, bf16 or fp16; fp64 in PyTorch only
     target: Target,                                # (N,) class ids in [0, C), (N, C) dense, or a MixedTarget

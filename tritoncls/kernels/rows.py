@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Target', 'TARGET_SCHEMA', 'TILES', 'MAX_PROGRAMS', 'FEW_PROGRAMS', 'LEAST_TILE', 'LEAST_SPLIT', 'PEEL_FROM',
-           'REGISTERS', 'MixedTarget', 'Parts', 'target_parts', 'tile_at', 'inside_row', 'load_tile', 'load_target',
-           'dense_argmax', 'at_class', 'hits', 'at_field', 'take_field', 'last_to_arrive', 'add_up', 'load_parts',
-           'Plan', 'plan_rows', 'arrivals', 'row_layout', 'rows_contiguous', 'target_arguments', 'plan_arguments',
-           'launch_rows', 'check_logits', 'check_target', 'check_class_ids', 'all_inside', 'check_lam', 'check_topk',
-           'kernel_backend']
+           'REGISTERS', 'MixedTarget', 'Parts', 'split_inputs', 'target_parts', 'tile_at', 'inside_row', 'load_tile',
+           'load_class_ids', 'dense_argmax', 'at_class', 'load_target', 'hits', 'at_field', 'take_field', 'store_hits',
+           'store_sums', 'last_to_arrive', 'add_up', 'store_part', 'load_parts', 'sum_parts', 'Plan', 'plan_rows',
+           'arrivals', 'row_layout', 'rows_contiguous', 'target_arguments', 'tile_arguments', 'plan_arguments',
+           'launch_rows', 'launch_tiles', 'check_logits', 'check_target', 'check_class_ids', 'all_inside', 'check_lam',
+           'check_topk', 'kernel_backend']
 
 # %% ../../nbs/09_rows.ipynb #f835265b
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ class MixedTarget(NamedTuple):
 
 Target = torch.Tensor | MixedTarget
 
-
+# %% ../../nbs/09_rows.ipynb #797cef58
 class Parts(NamedTuple):
     "A target as operators take it: what its kind does not have is None."
     y1: torch.Tensor | None = None     # (N,) class ids
@@ -44,6 +45,14 @@ class Parts(NamedTuple):
 
 
 TARGET_SCHEMA = "Tensor? y1, Tensor? y2, Tensor? lam, Tensor? dense"  # of an operator
+
+
+def split_inputs(
+    inputs: Sequence,  # of an operator: those of TARGET_SCHEMA, then a value for each field of `options`
+    options: type,     # a NamedTuple
+) -> tuple:            # Parts, options
+    "Target and options among the inputs of an operator."
+    return Parts(*inputs[:4]), options(*inputs[4:])
 
 
 def target_parts(
@@ -93,15 +102,13 @@ def load_tile(
 
 # %% ../../nbs/09_rows.ipynb #8009849f
 @triton.jit
-def load_target(
-    y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index,
-    KIND: tl.constexpr, LAM_STRIDE: tl.constexpr, D_STRIDE: tl.constexpr, C: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def load_class_ids(
+    y_ptr, y2_ptr, lam_ptr, row, N, ignore_index, KIND: tl.constexpr, LAM_STRIDE: tl.constexpr, ROWS: tl.constexpr,
 ):
     there = row < N
     share = tl.full([ROWS], 1.0, tl.float32)
     if KIND == "dense":
-        y = dense_argmax(d_ptr, row, N, D_STRIDE, C, ROWS, BLOCK)
+        y = tl.zeros([ROWS], tl.int32)
         return y, y, share, there
     else:
         y = tl.load(y_ptr + row, mask=there, other=0).to(tl.int32)
@@ -111,7 +118,7 @@ def load_target(
         else:
             return y, y, share, there & (y != ignore_index)             # y1, y2, weight of y1, whether the row counts
 
-
+# %% ../../nbs/09_rows.ipynb #5520e974
 @triton.jit
 def dense_argmax(d_ptr, row, N, D_STRIDE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     best = tl.full([ROWS], float("-inf"), tl.float32)
@@ -126,12 +133,25 @@ def dense_argmax(d_ptr, row, N, D_STRIDE: tl.constexpr, C: tl.constexpr, ROWS: t
         best = tl.maximum(best, top)
     return y
 
-
+# %% ../../nbs/09_rows.ipynb #9951d30a
 @triton.jit
 def at_class(x_ptr, row, y, N, STRIDE: tl.constexpr, C: tl.constexpr):
     known = (row < N) & (y >= 0) & (y < C)
     at = row.to(tl.int64) * STRIDE + tl.where(known, y, 0)
     return tl.load(x_ptr + at, mask=known, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def load_target(
+    x_ptr, y_ptr, y2_ptr, lam_ptr, d_ptr, row, N, ignore_index,
+    KIND: tl.constexpr, LAM_STRIDE: tl.constexpr, D_STRIDE: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    y, y2, share, valid = load_class_ids(y_ptr, y2_ptr, lam_ptr, row, N, ignore_index, KIND, LAM_STRIDE, ROWS)
+    if KIND == "dense":
+        y = dense_argmax(d_ptr, row, N, D_STRIDE, C, ROWS, BLOCK)
+        y2 = y
+    return y, y2, at_class(x_ptr, row, y, N, STRIDE, C), at_class(x_ptr, row, y2, N, STRIDE, C), share, valid  # (ROWS,) each
 
 # %% ../../nbs/09_rows.ipynb #a6a0d017
 @triton.jit
@@ -153,6 +173,17 @@ def take_field(total, i: tl.constexpr, FIELDS: tl.constexpr):
 
 
 @triton.jit
+def store_hits(correct_ptr, total, TOPK: tl.constexpr, FIELDS: tl.constexpr):
+    field = tl.arange(0, FIELDS)
+    tl.store(correct_ptr + field, total.to(correct_ptr.dtype.element_ty), mask=field < len(TOPK))
+
+# %% ../../nbs/09_rows.ipynb #d3bfdab0
+@triton.jit
+def store_sums(sums_ptr, sums, FIELDS: tl.constexpr):
+    tl.store(sums_ptr + tl.program_id(0) * FIELDS + tl.arange(0, FIELDS), tl.sum(sums, 0))
+
+
+@triton.jit
 def last_to_arrive(arrivals_ptr):
     tl.debug_barrier()  # every thread of this program has written
     last = tl.atomic_add(arrivals_ptr, 1) == tl.num_programs(0) * tl.num_programs(1) - 1
@@ -171,6 +202,11 @@ def add_up(sums_ptr, PROGRAMS: tl.constexpr, FIELDS: tl.constexpr):
         total += tl.sum(tl.load(sums_ptr + at, mask=there, other=0.0, cache_modifier=".cg"), 0)
     return total  # (FIELDS,)
 
+# %% ../../nbs/09_rows.ipynb #35697c6f
+@triton.jit
+def store_part(parts_ptr, field, part, row, N, SPLITS: tl.constexpr):
+    tl.store(parts_ptr + (field * N + row) * SPLITS + tl.program_id(1), part, mask=row < N)
+
 
 @triton.jit
 def load_parts(parts_ptr, field, row, N, other, SPLITS: tl.constexpr, SPLIT_COLS: tl.constexpr):
@@ -178,6 +214,11 @@ def load_parts(parts_ptr, field, row, N, other, SPLITS: tl.constexpr, SPLIT_COLS
     there = (row < N)[:, None] & (split < SPLITS)[None, :]
     at = (field * N + row)[:, None] * SPLITS + split[None, :]
     return tl.load(parts_ptr + at, mask=there, other=other, cache_modifier=".cg")  # (SPLIT_ROWS, SPLIT_COLS)
+
+
+@triton.jit
+def sum_parts(parts_ptr, field, row, N, SPLITS: tl.constexpr, SPLIT_COLS: tl.constexpr):
+    return tl.sum(load_parts(parts_ptr, field, row, N, 0.0, SPLITS, SPLIT_COLS), 1)  # (SPLIT_ROWS,)
 
 # %% ../../nbs/09_rows.ipynb #821f7d38
 TILES = (  # classes up to, elements of a tile, warps
@@ -226,7 +267,7 @@ def arrivals(device: torch.device) -> torch.Tensor:  # (1,) int32
     if key not in _arrivals: _arrivals[key] = torch.zeros(1, dtype=torch.int32, device=device)
     return _arrivals[key]
 
-
+# %% ../../nbs/09_rows.ipynb #d0a0855a
 def row_layout(
     x: torch.Tensor,      # (N, C), neighbours in a row next to each other
 ) -> tuple[int, int]:     # EDGE, PEEL
@@ -245,7 +286,7 @@ def rows_contiguous(
     "Logits whose rows a kernel can read; the distance between rows may be anything."
     return x if (x.stride(1) == 1 or x.shape[1] == 1) and x.stride(0) >= x.shape[1] else x.contiguous()
 
-
+# %% ../../nbs/09_rows.ipynb #9360708b
 def target_arguments(
     parts: Parts,     # of a target
     n_rows: int,      # N
@@ -257,22 +298,30 @@ def target_arguments(
         KIND=parts.kind, LAM_STRIDE=int(parts.lam is not None and len(parts.lam) == n_rows),
         D_STRIDE=0 if dense is None else dense.stride(0))
 
+# %% ../../nbs/09_rows.ipynb #2e45d948
+def tile_arguments(
+    x: torch.Tensor,          # (N, C), neighbours in a row next to each other
+    plan: Plan,
+) -> dict:                    # compile-time constants
+    "What a kernel has to know about the layout of the logits and the tiles."
+    edge, peel = row_layout(x)
+    return dict(
+        C=x.shape[1], STRIDE=x.stride(0), EDGE=edge, PEEL=peel, ROWS=plan.rows, BLOCK=plan.block,
+        **(dict(num_warps=plan.warps // 2) if torch.version.hip else  # AMD's have 64 threads
+           dict(num_warps=plan.warps, maxnreg=min(REGISTERS, 2048 // plan.warps))))
+
 
 def plan_arguments(
     x: torch.Tensor,          # (N, C), neighbours in a row next to each other
     plan: Plan,
 ) -> dict:                    # compile-time constants
-    "What a kernel has to know about the layout of the logits and its plan."
-    edge, peel = row_layout(x)
-    return dict(
-        C=x.shape[1], STRIDE=x.stride(0), EDGE=edge, PEEL=peel, ROWS=plan.rows, BLOCK=plan.block, CHUNK=plan.chunk,
-        SPLITS=plan.splits, PROGRAMS=MAX_PROGRAMS,
-        **(dict(num_warps=plan.warps // 2) if torch.version.hip else  # AMD's have 64 threads
-           dict(num_warps=plan.warps, maxnreg=min(REGISTERS, 2048 // plan.warps))),
+    "What a kernel has to know besides if its programs walk over tiles and share rows."
+    return tile_arguments(x, plan) | dict(
+        CHUNK=plan.chunk, SPLITS=plan.splits, PROGRAMS=MAX_PROGRAMS,
         SPLIT_ROWS=triton.next_power_of_2(len(x)) if plan.splits > 1 else 1,
         SPLIT_COLS=triton.next_power_of_2(plan.splits))
 
-
+# %% ../../nbs/09_rows.ipynb #58ad04e8
 def launch_rows(
     kernel,                 # takes logits, target, arguments, parts, sums, arrivals, N, numbers
     x: torch.Tensor,        # (N, C) logits, neighbours in a row next to each other, N at least 1
@@ -294,6 +343,23 @@ def launch_rows(
         kernel[(programs, plan.splits)](
             x, *pointers, *arguments, room, room, arrivals(x.device), len(x), *numbers, FIELDS=fields,
             **target_constants, **plan_arguments(x, plan), **constants)
+
+# %% ../../nbs/09_rows.ipynb #de114ad7
+def launch_tiles(
+    kernel,                 # takes logits, target, arguments, N, numbers
+    x: torch.Tensor,        # (N, C) logits, neighbours in a row next to each other, N at least 1
+    parts: Parts,           # of the target
+    arguments: tuple,       # pointers of this kernel's own
+    numbers: tuple,         # numbers of this kernel's own
+    **constants,            # compile-time constants of this kernel's own
+) -> None:
+    "Launch a kernel that has a program for each tile of the logits."
+    edge, _ = row_layout(x)
+    plan = plan_rows(len(x), edge)
+    pointers, target_constants = target_arguments(parts, len(x))
+    with launching(x):
+        kernel[(triton.cdiv(len(x), plan.rows), triton.cdiv(edge, plan.block))](
+            x, *pointers, *arguments, len(x), *numbers, **target_constants, **tile_arguments(x, plan), **constants)
 
 # %% ../../nbs/09_rows.ipynb #f6c8540e
 def check_logits(logits: torch.Tensor) -> None:
@@ -320,7 +386,7 @@ def check_target(
             raise UserError(f"target is on {target.device}, logits are on {logits.device}")
     else: check_class_ids(logits, target, "target", ignore_index)
 
-
+# %% ../../nbs/09_rows.ipynb #9f2c5909
 def check_class_ids(logits: torch.Tensor, y: torch.Tensor, name: str, ignore_index: int | None) -> None:
     "Class ids are integers (N,) on the device of the logits."
     N, C = logits.shape
@@ -343,7 +409,7 @@ def all_inside(y: torch.Tensor, n_classes: int) -> bool:
     low, high = y.aminmax()
     return 0 <= low.item() and high.item() < n_classes
 
-
+# %% ../../nbs/09_rows.ipynb #51323c08
 def check_lam(logits: torch.Tensor, lam: torch.Tensor | float) -> None:
     "A mixed target's weight is one number, or one for each row, from 0 to 1."
     if not isinstance(lam, torch.Tensor):
