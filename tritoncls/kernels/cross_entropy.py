@@ -9,9 +9,9 @@ __all__ = ['CPU_BLOCK', 'SCHEMA', 'cross_entropy_op', 'ONE_LOAD', 'HALF_TILES', 
            'cross_entropy_backward_kernel', 'scales', 'accumulated', 'rows_torch', 'valid_rows', 'block_ranks',
            'block_torch', 'empty_results', 'empty_gradient', 'empty_kept', 'gradient_constants', 'torch_results',
            'launch_forward', 'forward', 'cross_entropy_backward_op', 'no_second_derivative', 'keep_nothing',
-           'scale_gradient_op', 'scaled_gradient', 'EagerCrossEntropy', 'both_at_once', 'cross_entropy_and_grad_op',
-           'cross_entropy_and_grad_inplace_op', 'LossOutput', 'loss_output', 'check_options', 'cross_entropy',
-           'cross_entropy_and_grad']
+           'scale_gradient_op', 'scaled_gradient', 'EagerCrossEntropy', 'scales_kernel', 'gradient_scales',
+           'both_at_once', 'cross_entropy_and_grad_op', 'cross_entropy_and_grad_inplace_op', 'LossOutput',
+           'loss_output', 'check_options', 'cross_entropy', 'cross_entropy_and_grad']
 
 # %% ../../nbs/11_cross_entropy.ipynb #f081750b
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..runtime import UserError, values_are_checked
+from ..runtime import UserError, launching, values_are_checked
 from .rows import (
     TARGET_SCHEMA, Parts, Target, add_up, all_inside, at_field, check_logits, check_target, check_topk, inside_row,
     kernel_backend, last_to_arrive, launch_rows, launch_tiles, load_class_ids, load_parts, load_target, load_tile,
@@ -626,6 +626,47 @@ class EagerCrossEntropy(torch.autograd.Function):
 
     backward = staticmethod(_backward)
 
+# %% ../../nbs/11_cross_entropy.ipynb #152c4c37
+@triton.jit
+def scales_kernel(
+    y_ptr, w_ptr, g_ptr, scale_ptr, N, rows, z_loss, ignore_index,
+    COUNT: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+):
+    count = rows
+    weight = rows
+    if COUNT:
+        n, w, start = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float32), 0
+        while start < N:
+            row = start + tl.arange(0, BLOCK)  # (BLOCK,)
+            y = tl.load(y_ptr + row, mask=row < N, other=0)
+            valid = (row < N) & (y != ignore_index)
+            n += valid.to(tl.int32)
+            if WEIGHTED: w += tl.load(w_ptr + y, mask=valid & (y >= 0) & (y < C), other=0.0).to(tl.float32)
+            start += BLOCK
+        count = tl.sum(n, 0).to(tl.float32)
+        weight = tl.sum(w, 0) if WEIGHTED else count
+    g = tl.load(g_ptr).to(tl.float32) if SCALED else 1.0
+    tl.store(scale_ptr, g / weight)
+    tl.store(scale_ptr + 1, g * z_loss / count)
+
+
+def gradient_scales(
+    logits: torch.Tensor,               # (N, C), N at least 1
+    parts: Parts,                       # of the target
+    options: Options,
+    grad_scale: torch.Tensor | None,    # () or (1,)
+) -> torch.Tensor:                      # (2,) fp32
+    "`scales` times `grad_scale`, by one launch."
+    mean, scale = options.reduction == "mean", logits.new_empty(2, dtype=torch.float32)
+    y, weight = (None if t is None else t.contiguous() for t in (parts.y1, options.weight))
+    with launching(logits):
+        scales_kernel[(1,)](
+            y, weight, grad_scale, scale, len(logits), float(len(logits)) if mean else 1.0, options.z_loss,
+            options.ignore_index,
+            COUNT=mean and parts.kind == "ids", WEIGHTED=weight is not None, SCALED=grad_scale is not None, C=logits.shape[1],
+            BLOCK=8192, num_warps=16)
+    return scale
+
 # %% ../../nbs/11_cross_entropy.ipynb #dd23b010
 ONE_LOAD = (  # classes up to, elements of a tile, warps
     (2048, 2048, 4),
@@ -638,9 +679,9 @@ HALF_TILES = ((1 << 30, 2048, 8),)  # half the elements per thread, where more t
 
 def both_at_once(logits, parts, options, grad_scale, backend, dx):
     "Loss, counts, lse and ranks; the gradient goes to dx, which may be the logits."
-    scale = scales(logits, parts, options)
-    gradient_scale = scale if grad_scale is None else scale * grad_scale
     if backend == "torch" or len(logits) == 0:
+        scale = scales(logits, parts, options)
+        gradient_scale = scale if grad_scale is None else scale * grad_scale
         gradient = torch.empty(logits.shape, dtype=scale.dtype, device=logits.device)
         results = torch_results(logits, parts, options, scale, gradient, gradient_scale)
         dx.copy_(gradient)
@@ -649,8 +690,8 @@ def both_at_once(logits, parts, options, grad_scale, backend, dx):
     x = rows_contiguous(logits)
     edge, peel = row_layout(x)
     plan = plan_rows(len(x), edge, ONE_LOAD if peel == 1 else HALF_TILES, split=False)
-    out = dx if dx is not logits else x
-    launch_forward(x, parts, options, plan, results, x.new_empty((3, len(x)), dtype=torch.float32), gradient_scale, out)
+    out, scale = dx if dx is not logits else x, gradient_scales(x, parts, options, grad_scale)
+    launch_forward(x, parts, options, plan, results, x.new_empty((3, len(x)), dtype=torch.float32), scale, out)
     if dx is logits and x is not logits: logits.copy_(x)
     return results
 
@@ -736,7 +777,7 @@ def cross_entropy(
     check_options(logits, options)
     backend = kernel_backend(backend, logits)
     keep_gradient = backend == "torch" and logits.requires_grad and torch.is_grad_enabled()
-    inputs = *target_parts(target), *options[:-1], list(topk), backend, keep_gradient
+    inputs = *target_parts(target), *tuple(options)[:-1], list(topk), backend, keep_gradient
     op = EagerCrossEntropy.apply if keep_gradient and not torch.compiler.is_compiling() else cross_entropy_op
     return loss_output(*op(logits, *inputs)[:5], return_rank)
 
@@ -762,7 +803,7 @@ def cross_entropy_and_grad(
     check_target(logits, target, ignore_index)
     check_options(logits, options, ("mean", "sum"))
     if isinstance(grad_scale, float | int): grad_scale = torch.full((), grad_scale, device=logits.device)
-    inputs = *target_parts(target), *options[:-1], list(topk), grad_scale, kernel_backend(backend, logits)
+    inputs = *target_parts(target), *tuple(options)[:-1], list(topk), grad_scale, kernel_backend(backend, logits)
     x = logits.detach()
     if inplace: return loss_output(*cross_entropy_and_grad_inplace_op(x, *inputs), return_rank), x
     *results, dx = cross_entropy_and_grad_op(x, *inputs)
