@@ -460,7 +460,7 @@ def binary_cross_entropy(
     backend = kernel_backend(backend, logits)
     keep_gradient = backend == "torch" and logits.requires_grad and torch.is_grad_enabled()
     loss, correct, counts, rank, _ = binary_cross_entropy_op(
-        logits, *target_parts(target), *options[:-1], list(topk), backend, keep_gradient)
+        logits, *target_parts(target), *options, backend, keep_gradient)
     return loss_output(loss, correct, counts, None, rank, return_rank)
 
 # %% ../../nbs/12_binary_cross_entropy.ipynb #bcefb8f7
@@ -484,7 +484,7 @@ def binary_cross_entropy_and_grad(
     options = binary_options(logits, target, weight, pos_weight, reduction, label_smoothing, target_threshold,
                              sum_classes, topk, ("mean", "sum"))
     if isinstance(grad_scale, float | int): grad_scale = torch.full((), grad_scale, device=logits.device)
-    inputs = *target_parts(target), *options[:-1], list(topk), grad_scale, kernel_backend(backend, logits)
+    inputs = *target_parts(target), *options, grad_scale, kernel_backend(backend, logits)
     x = logits.detach()
     op = binary_cross_entropy_and_grad_inplace_op if inplace else binary_cross_entropy_and_grad_op
     loss, correct, counts, rank, *dx = op(x, *inputs)

@@ -736,7 +736,7 @@ def cross_entropy(
     check_options(logits, options)
     backend = kernel_backend(backend, logits)
     keep_gradient = backend == "torch" and logits.requires_grad and torch.is_grad_enabled()
-    inputs = *target_parts(target), *options[:-1], list(topk), backend, keep_gradient
+    inputs = *target_parts(target), *options, backend, keep_gradient
     op = EagerCrossEntropy.apply if keep_gradient and not torch.compiler.is_compiling() else cross_entropy_op
     return loss_output(*op(logits, *inputs)[:5], return_rank)
 
@@ -762,7 +762,7 @@ def cross_entropy_and_grad(
     check_target(logits, target, ignore_index)
     check_options(logits, options, ("mean", "sum"))
     if isinstance(grad_scale, float | int): grad_scale = torch.full((), grad_scale, device=logits.device)
-    inputs = *target_parts(target), *options[:-1], list(topk), grad_scale, kernel_backend(backend, logits)
+    inputs = *target_parts(target), *options, grad_scale, kernel_backend(backend, logits)
     x = logits.detach()
     if inplace: return loss_output(*cross_entropy_and_grad_inplace_op(x, *inputs), return_rank), x
     *results, dx = cross_entropy_and_grad_op(x, *inputs)
