@@ -1,4 +1,8 @@
 "Shapes, dtypes, strides and special values that nobody thought of; and torchmetrics."
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,3 +106,33 @@ def test_a_compiled_model_trains_with_the_loss():
         got = torch.cat([p.grad.flatten() for p in model.parameters()])
         if function is step: want = got.clone()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+LAUNCHES = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from tritoncls.kernels import cross_entropy as ce
+from tritoncls.kernels.machine_code import record_launches
+
+class Operations(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        seen.append(op.overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+y, lam = torch.zeros(8, dtype=torch.int64), torch.zeros(8)
+for parts in ((y, None, None, None), (y, y, lam, None), (None, None, None, torch.rand(8, 10))):
+    for weight, grad_scale in ((None, None), (torch.ones(10), torch.ones(()))):
+        options, seen = ce.Options(weight=weight, z_loss=0.1), []
+        with Operations():
+            launches = record_launches(lambda: ce.both_at_once(
+                torch.zeros(8, 10), ce.Parts(*parts), options, grad_scale, "triton", torch.zeros(8, 10)))
+        print(*(launch.kernel.fn.__name__ for launch in launches), *sorted({*seen} - {"empty", "new_empty", "zeros"}))
+"""
+
+
+def test_loss_and_gradient_are_two_launches():
+    "The zeros are the counter of arrivals, which on a GPU is made once, and the test's own."
+    done = subprocess.run([sys.executable, "-c", LAUNCHES], capture_output=True, text=True, timeout=100,
+                          env={**os.environ, "TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == 6 * ["scales_kernel cross_entropy_kernel"]

@@ -137,6 +137,7 @@ def plan_text(launch: Launch) -> str:
 def kernel_rows(case: Case, target: str) -> Iterator[dict]:
     "Compile what a case launches."
     for launch in record_launches(case.call, TARGETS[target][0]):
+        if case.large.isdisjoint({LOADED, *launch.arguments}): continue  # a few numbers for the kernel that comes next
         compiled, names = compile_launch(launch, target)
         yield dict(kernel=case.kernel, plan=plan_text(launch), shape=case.shape, dtype=case.dtype, **resources(compiled),
                    narrowest_bits=narrowest(accesses(compiled, names), case.large),
