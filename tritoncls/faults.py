@@ -109,9 +109,11 @@ class NanHook(BaseHook):
     def __init__(self, cfg: Config):
         self.limit, self.every, self.path = cfg.max_nan_iters, cfg.log_every_n_iter, output_folder(cfg) / NAN_BATCHES
         self.waiting: tuple[int, int, int, Reading] | None = None
+        self.read: int | None = None         # the last iteration that was looked at, counted from 0
         self.bad: list[dict[str, Any]] = []  # iterations in a row, the latest ones
 
-    def before_train(self) -> None: self.read = self.trainer.progress.current_iter - 1
+    def before_epoch(self) -> None:
+        if self.read is None: self.read = self.trainer.progress.current_iter - 1
 
     def after_iter(self) -> None:
         p, before = self.trainer.progress, self.waiting

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import distribute_tensor
 
 from .config import Config, GradClipConfig, SolverConfig
+from .ema import local
 from .optimizers import OPTIMIZERS, classifier, few, param_groups
 from .registry import lookup, registers
 from .runtime import UserError
@@ -29,7 +31,15 @@ def _clip_value(params, clip):
 
 def _clip_adaptive(params, clip):
     from timm.utils.agc import adaptive_clip_grad
-    adaptive_clip_grad(params, clip.factor)
+    whole, sharded = ([p for p in params if (local(p) is p) == is_whole] for is_whole in (True, False))
+    adaptive_clip_grad(whole, clip.factor)
+    for p in sharded:
+        if p.grad is None: continue
+        rows = p.ndim > 1  # of which each process has some, and each row is a unit
+        part = nn.Parameter(local(p.detach()) if rows else p.detach().full_tensor(), requires_grad=False)
+        part.grad = local(p.grad) if rows else p.grad.full_tensor()
+        adaptive_clip_grad(part, clip.factor)
+        if not rows: p.grad.copy_(distribute_tensor(part.grad, p.device_mesh, p.placements))
 
 
 CLIPS = {None: lambda params, clip: None, "norm": _clip_norm, "value": _clip_value, "adaptive": _clip_adaptive}
