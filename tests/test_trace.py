@@ -322,9 +322,8 @@ def convolutions():
 MIXED = (*CASES["mixup"], "loss.label_smooth=0.2", *CLIP)
 
 
-@pytest.mark.parametrize(("model", "more"), [
-    (dense, ()), *(pytest.param(*case, marks=pytest.mark.slow)
-                   for case in ((convolutions, ()), (convolutions, MIXED), (dense, CASES["bfloat16"])))])
+@pytest.mark.parametrize(("model", "more"), [(dense, ()), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+    (convolutions, ()), (convolutions, MIXED), (dense, CASES["bfloat16"])))], ids=["dense", "plain", "mixed", "bfloat16"])
 def test_row_12_a_compiled_run_is_the_plain_one(model, more):
     "With accumulation, the start of the average, learning rates that change, evaluations, dropout and a short last batch."
     data, options = batches(5, short=7), ("solver.accumulation_steps=2", *more)
