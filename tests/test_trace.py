@@ -319,10 +319,14 @@ def convolutions():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 10))
 
 
-@pytest.mark.parametrize("model", [dense, pytest.param(convolutions, marks=pytest.mark.slow)])
-def test_row_12_a_compiled_run_is_the_plain_one(model):
+MIXED = (*CASES["mixup"], "loss.label_smooth=0.2", *CLIP)
+
+
+@pytest.mark.parametrize(("model", "more"), [(dense, ()), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+    (convolutions, ()), (convolutions, MIXED), (dense, CASES["bfloat16"])))], ids=["dense", "plain", "mixed", "bfloat16"])
+def test_row_12_a_compiled_run_is_the_plain_one(model, more):
     "With accumulation, the start of the average, learning rates that change, evaluations, dropout and a short last batch."
-    data, options = batches(5, short=7), ("solver.accumulation_steps=2",)
+    data, options = batches(5, short=7), ("solver.accumulation_steps=2", *more)
     plain = train(data, *options, model=model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
