@@ -6,8 +6,9 @@ import json
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ class FakeGpu:
     "Enough of torch.cuda to run the clock without a GPU: a device whose time is the number of calls since its events."
     def __init__(self):
         self.now, self.slept, self.flushed, self.capturing, self.strict = 0, [], 0, False, False
+        self.current, self.pools, self.underway, self.emptied = "default", 0, set(), 0
 
     def work(self, us: int):
         "A call that takes the device so long."
@@ -34,11 +36,28 @@ class FakeGpu:
         else: self.now += us
 
     def synchronize(self): pass
-    def empty_cache(self): pass
-    def Stream(self): return self
-    def current_stream(self): return self
-    def wait_stream(self, other): pass
-    def stream(self, other): return nullcontext()
+    def current_device(self): return 0
+    def Stream(self): return SimpleNamespace(wait_stream=lambda other: None)
+    def current_stream(self): return SimpleNamespace(name=self.current, wait_stream=lambda other: None)
+
+    @contextmanager
+    def stream(self, other):
+        before, self.current = self.current, getattr(other, "name", "side")
+        try: yield
+        finally: self.current = before
+
+    def empty_cache(self):
+        if self.underway: raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+        self.emptied += 1
+
+    def graph_pool_handle(self):
+        self.pools += 1
+        return (0, self.pools)
+
+    def end_allocate(self, device, pool):
+        if pool not in self.underway: raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
     def set_sync_debug_mode(self, mode): self.strict = mode == "error"
 
     def _sleep(self, cycles):
@@ -62,18 +81,30 @@ class FakeGpu:
         return Graph()
 
     @contextmanager
-    def graph_context(self, graph, stream):
+    def graph_context(self, graph, pool, stream):
+        "As in PyTorch 2.11: where a capture fails, its end raises, and does no more."
+        self.empty_cache()
+        before, self.current = self.current, "side"
         graph.calls, self.graph, self.capturing = [], graph, True
+        self.underway.add(pool)
         try: yield
-        finally: self.capturing = False
+        except RuntimeError as error:
+            self.capturing = False
+            if "permitted" in str(error): raise RuntimeError("failed due to a previous error during capture") from error
+            self.underway.remove(pool)
+            self.current = before
+            raise
+        self.capturing, self.current = False, before
+        self.underway.remove(pool)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     fake = FakeGpu()
     for name in ("synchronize", "Stream", "current_stream", "stream", "set_sync_debug_mode", "_sleep", "Event", "CUDAGraph",
-                 "empty_cache"):
+                 "empty_cache", "current_device", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", fake.end_allocate, raising=False)
     monkeypatch.setattr(torch.cuda, "graph", fake.graph_context)
     monkeypatch.setattr(clock, "launches", lambda call: (call(), 2)[1])
 
@@ -126,6 +157,23 @@ def test_what_goes_wrong_is_a_row_and_the_next_way_is_tried(gpu):
     assert [row.us for row in by("eager only")] == [3.0, 3.0, None]
     assert by("eager only")[2].note == "RuntimeError: operation not permitted when stream is capturing"
     assert [row.us for row in by("good")] == [4.0] * 4
+
+
+@pytest.mark.parametrize("known", (True, False))
+def test_a_capture_that_fails_ends_nothing_but_itself(gpu, monkeypatch, known):
+    if not known: monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
+
+    def fails(message):
+        if gpu.capturing: raise RuntimeError(message)
+        gpu.work(3)
+    messages = "operation not permitted when stream is capturing", "a refusal of the call itself"
+    rows = rows_of({message: lambda message=message: lambda: fails(message) for message in messages} |
+                   {"good": lambda: lambda: gpu.work(4)})
+    notes = [row.note for row in rows if row.us is None]
+    times = [row.us for row in rows if row.impl == "good"]
+    assert gpu.current == "default" and notes[0] == f"RuntimeError: {messages[0]}"
+    if known: assert times == [4.0] * 4 and notes[1:] == [f"RuntimeError: {messages[1]}"] and gpu.underway == set()
+    else: assert times == [4.0, 4.0, None] and "captures_underway" in notes[2]  # eager rows, and why there are no others
 
 
 def test_time_that_is_up_is_a_row(gpu):

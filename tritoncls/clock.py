@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIME_IS_UP', 'NO_MEMORY', 'WAITS', 'FLUSH', 'CYCLES', 'BUDGET', 'MOST_LEAD', 'ROUNDS', 'ROUNDS_SECONDS', 'Work',
            'Row', 'filled', 'flush_buffer', 'runs', 'lead_us', 'device_us', 'once_us', 'host_us', 'waits', 'captured',
-           'launches', 'time_on_gpu', 'attempt', 'gpu_rows', 'cpu_rows']
+           'end_capture', 'launches', 'time_on_gpu', 'attempt', 'gpu_rows', 'cpu_rows']
 
 # %% ../nbs/48_clock.ipynb #ad8c86c9
 import gc
@@ -122,16 +122,24 @@ def waits(call: Callable[[], Any]) -> bool:
 # %% ../nbs/48_clock.ipynb #fef83795
 def captured(call: Callable[[], Any], calls: int = 1) -> Callable[[], None]:
     "The replay of a CUDA graph of some calls."
-    stream = torch.cuda.Stream()
+    stream, graph, pool = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3): call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(calls): call()
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool, stream):
+            for _ in range(calls): call()
+    except Exception as error:
+        end_capture(pool)
+        raise error.__context__ or error from None  # the first one says what is wrong
     graph.replay()
     return graph.replay
+
+
+def end_capture(pool: tuple[int, int]) -> None:
+    "Tell the allocator that a capture is over, where PyTorch has not."
+    with suppress(AttributeError, RuntimeError): torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 def launches(call: Callable[[], Any]) -> int | None:
@@ -176,7 +184,7 @@ def attempt(work: Work, impl: str, rows: Iterator[Row]) -> Iterator[Row]:
     except (torch.cuda.OutOfMemoryError, MemoryError): note = NO_MEMORY
     except Exception as error: note = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     gc.collect()
-    with suppress(RuntimeError): torch.cuda.empty_cache()  # refused after a capture that failed
+    with suppress(RuntimeError): torch.cuda.empty_cache()  # refused while the allocator believes in a capture
     yield Row(work.bench, work.case, impl, note=note)
 
 
