@@ -67,7 +67,7 @@ def flush_buffer() -> torch.Tensor:
 
 def runs(us: float) -> int:
     "How often something that takes so long is measured."
-    return max(3, min(50, int(BUDGET / max(us, 1))))
+    return max(10, min(50, int(BUDGET / max(us, 1))))
 
 
 def lead_us(host: float, waiting: bool) -> float:
