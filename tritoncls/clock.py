@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIME_IS_UP', 'NO_MEMORY', 'WAITS', 'FLUSH', 'CYCLES', 'BUDGET', 'MOST_LEAD', 'ROUNDS', 'ROUNDS_SECONDS', 'Work',
            'Row', 'filled', 'flush_buffer', 'runs', 'lead_us', 'device_us', 'once_us', 'host_us', 'waits', 'captured',
-           'end_capture', 'launches', 'time_on_gpu', 'attempt', 'gpu_rows', 'cpu_rows']
+           'end_capture', 'launches', 'time_on_gpu', 'attempt', 'gpu_rows', 'count_launches', 'cpu_rows']
 
 # %% ../nbs/48_clock.ipynb #ad8c86c9
 import gc
@@ -158,7 +158,7 @@ def time_on_gpu(work: Work, impl: str, prepare: Callable[[], Callable], copy_gbp
     "A row for each mode."
     call = prepare()
     for _ in range(2): call()
-    host, waiting, started = host_us(call, runs(once_us(call, wait=True))), waits(call), launches(call)
+    host, waiting = host_us(call, runs(once_us(call, wait=True))), waits(call)
     busy = device_us(call, lead_us(host, waiting), count=3)
     for mode in work.modes:
         how, cache = mode.split()
@@ -166,13 +166,13 @@ def time_on_gpu(work: Work, impl: str, prepare: Callable[[], Callable], copy_gbp
         if how == "graph" and waiting:
             yield Row(work.bench, f"{work.case} {mode}", impl, note=f"{WAITS}: no graph")
             continue
-        calls = 1 if cache == "cold" or waiting else max(1, min(20, int(200 / busy), 500 // (started or 1)))
+        calls = 1 if cache == "cold" or waiting else max(1, min(20, int(200 / busy)))
         one = call if how == "eager" else captured(call, calls)
         returned = host if how == "eager" else host_us(one, runs(busy * calls))
         repeated = calls if how == "eager" else 1  # a graph holds its calls already
         lead = lead_us(returned * repeated, waiting)
         us = device_us(one, lead, cache == "cold", repeated, runs(lead + busy * calls)) * repeated / calls
-        yield filled(work, f"{work.case} {mode}", impl, us, copy_gbps, launches=started, note=WAITS if waiting else "",
+        yield filled(work, f"{work.case} {mode}", impl, us, copy_gbps, note=WAITS if waiting else "",
                      host_us=round(returned, 1) if repeated == calls else None)
 
 # %% ../nbs/48_clock.ipynb #feb425d0
@@ -193,6 +193,16 @@ def gpu_rows(work: Work, copy_gbps: float | None, deadline: float) -> Iterator[R
     for impl, prepare in work.ways.items():
         if time.monotonic() > deadline: yield Row(work.bench, work.case, impl, note=TIME_IS_UP)
         else: yield from attempt(work, impl, time_on_gpu(work, impl, prepare, copy_gbps))
+
+# %% ../nbs/48_clock.ipynb #e0a0932c
+def count_launches(work: Work, deadline: float) -> Iterator[tuple[str, int | None]]:
+    "Each way that works and its launches, as long as there is time."
+    for impl, prepare in work.ways.items():
+        if time.monotonic() > deadline: return
+        with suppress(Exception):
+            call = prepare()
+            call()
+            yield impl, launches(call)
 
 # %% ../nbs/48_clock.ipynb #11d471b9
 ROUNDS, ROUNDS_SECONDS = 50, 2.0
