@@ -356,7 +356,7 @@ def test_the_chapter_draws_whatever_results_there_are(filled, tmp_path):
 @pytest.mark.cuda
 def test_the_clock_counts_what_the_device_does():
     spin = lambda: torch.cuda._sleep(400_000)
-    torch.cuda.synchronize()
+    clock.wake_up()
     one = clock.device_us(spin, lead=50)
     assert 50 < one < 2000
     for lead, cold, calls in ((500, False, 1), (50, True, 1), (50, False, 10)):

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .clock import NO_MEMORY, TIME_IS_UP, Row, count_launches, cpu_rows, gpu_rows
+from .clock import NO_MEMORY, TIME_IS_UP, Row, count_launches, cpu_rows, gpu_rows, wake_up
 from .runtime import UserError, pick_device
 from .workloads import copy_work, ema_work, loss_work, missing, step_work, tune_work, with_shares
 
@@ -93,7 +93,9 @@ def run(
 ) -> dict:                                           # device, driver, versions, date, copy_gbps, rows
     "Measure, the device's own copy first."
     place = pick_device(device)
-    if place.type == "cuda": torch.cuda.set_device(place)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+        wake_up()
     end = time.monotonic() + WHOLE_SECONDS
     gc.collect()
     gc.freeze()  # each capture of a graph collects garbage, and there is much that is none

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIME_IS_UP', 'NO_MEMORY', 'WAITS', 'FLUSH', 'CYCLES', 'BUDGET', 'MOST_LEAD', 'ROUNDS', 'ROUNDS_SECONDS', 'Work',
-           'Row', 'filled', 'flush_buffer', 'runs', 'lead_us', 'device_us', 'once_us', 'host_us', 'waits', 'captured',
-           'end_capture', 'launches', 'time_on_gpu', 'attempt', 'gpu_rows', 'count_launches', 'cpu_rows']
+           'Row', 'filled', 'flush_buffer', 'wake_up', 'runs', 'lead_us', 'device_us', 'once_us', 'host_us', 'waits',
+           'captured', 'end_capture', 'launches', 'time_on_gpu', 'attempt', 'gpu_rows', 'count_launches', 'cpu_rows']
 
 # %% ../nbs/48_clock.ipynb #ad8c86c9
 import gc
@@ -63,6 +63,14 @@ MOST_LEAD = 20_000       # microseconds
 @lru_cache(maxsize=1)
 def flush_buffer() -> torch.Tensor:
     return torch.zeros(FLUSH // 4, device="cuda")
+
+
+def wake_up(seconds: float = 0.5) -> None:
+    "Keep the device busy until its clock has risen."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for _ in range(10): flush_buffer().sum()
+        torch.cuda.synchronize()
 
 
 def runs(us: float) -> int:
@@ -194,7 +202,7 @@ def gpu_rows(work: Work, copy_gbps: float | None, deadline: float) -> Iterator[R
         if time.monotonic() > deadline: yield Row(work.bench, work.case, impl, note=TIME_IS_UP)
         else: yield from attempt(work, impl, time_on_gpu(work, impl, prepare, copy_gbps))
 
-# %% ../nbs/48_clock.ipynb #e0a0932c
+# %% ../nbs/48_clock.ipynb #b468c0b1
 def count_launches(work: Work, deadline: float) -> Iterator[tuple[str, int | None]]:
     "Each way that works and its launches, as long as there is time."
     for impl, prepare in work.ways.items():
