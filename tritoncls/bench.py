@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,8 @@ def versions() -> dict[str, str | None]:
 def driver() -> str | None:
     "The version of NVIDIA's driver."
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try: said = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired): return None
-    return said.stdout.split("\n")[0].strip() or None
+    try: return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.SubprocessError): return None
 
 
 def device_name(device: torch.device) -> str:
@@ -96,6 +96,7 @@ def run(
     if place.type == "cuda":
         torch.cuda.set_device(place)
         wake_up()
+    import_module("torch._dynamo")  # by the first operator otherwise, which would leave its tensors in a cycle
     end = time.monotonic() + WHOLE_SECONDS
     gc.collect()
     gc.freeze()  # each capture of a graph collects garbage, and there is much that is none
