@@ -113,17 +113,17 @@ def gpu(monkeypatch):
     return fake
 
 
-def rows_of(ways, moved=10**6, deadline=60, copy_gbps=None, **options):
+def rows_of(ways, moved=10**6, deadline=60, **options):
     work = Work("example", "numbers", moved, ways, **options)
-    return list(gpu_rows(work, copy_gbps, time.monotonic() + deadline))
+    return list(gpu_rows(work, time.monotonic() + deadline))
 
 
 def test_each_mode_measures_the_device_and_not_what_precedes(gpu):
-    rows = rows_of({"seven": lambda: lambda: gpu.work(7)}, copy_gbps=500.0)
+    rows = rows_of({"seven": lambda: lambda: gpu.work(7)})
     assert [row.case for row in rows] == [f"numbers {mode}" for mode in MODES]
     for row in rows:
         # 10^6 bytes in 7 us: 142.857 GB/s, 28.57% of 500
-        assert (row.us, row.gbps, row.pct_of_copy, row.note) == (7.0, 142.9, 28.57, "")
+        assert clock.of_copy(row, 500.0)[3:6] == (7.0, 142.9, 28.57) and row.note == ""
     assert gpu.flushed >= 10 and len(gpu.slept) >= 20 and min(gpu.slept) >= 20 * clock.CYCLES
     assert [row.host_us is None for row in rows] == [False, False, False, True]  # a warm graph holds many calls
 
@@ -225,7 +225,8 @@ def test_the_tensor_lists_are_those_of_the_networks():
 
 
 def test_the_bytes_are_the_same_for_all_and_the_fewest_there_are():
-    assert loss_case(Shape(8192, 1000, 1000, BF16), grad=True) == ("8192x1000 bf16 ids grad", 2 * 8192 * 1000 * 2)
+    assert loss_case(Shape(8192, 1000, 1000, BF16), grad=True) == ("8192x1000 bf16 ids grad", 8192 * (2 * 1000 * 2 + 8))
+    assert loss_case(Shape(256, 10, 10, BF16, "mixed"), grad=False) == ("256x10 bf16 mixed forward", 256 * (10 * 2 + 2 * 8))
     flat = loss_case(Shape(8192, 1000, 1000, FP32, "dense"), grad=False)
     assert flat == ("8192x1000 fp32 dense forward", 2 * 8192 * 1000 * 4)
     resnet50 = next(work for work in workloads.ema_work(CPU) if work.case == "resnet50 fp32")
@@ -379,7 +380,7 @@ def test_our_ways_are_measured_in_every_mode_and_agree_with_torch():
             assert abs(got.item() - loss.item()) <= 0.02 * loss.item(), name
         ways = {name: lambda f=function, s=shape: workloads.loss_call(f, s, device, True)
                 for name, function in workloads.loss_ways(shape, grad=True).items() if "tritoncls" in name}
-        rows = list(gpu_rows(Work("loss", *loss_case(shape, True), ways), 1000.0, time.monotonic() + 120))
+        rows = list(gpu_rows(Work("loss", *loss_case(shape, True), ways), time.monotonic() + 120))
         assert [row.case.split(" ", 4)[4] for row in rows] == [*MODES] * 2 and all(row.us > 0 for row in rows), rows
         assert dict(clock.count_launches(Work("loss", "", 0, ways), time.monotonic() + 60))["tritoncls"] == 2
     x, target = workloads.draw(Shape(64, 10, 10, FP32), device)
@@ -389,6 +390,6 @@ def test_our_ways_are_measured_in_every_mode_and_agree_with_torch():
 @pytest.mark.cuda
 def test_every_average_is_measured():
     works = {work.case: work for work in workloads.ema_work(torch.device("cuda"))}
-    rows = list(gpu_rows(works["efficientnet_b0 fp32"], 1000.0, time.monotonic() + 120))
+    rows = list(gpu_rows(works["efficientnet_b0 fp32"], time.monotonic() + 120))
     assert all(row.us or "no graph" in row.note for row in rows), rows
     assert {row.impl for row in rows} >= {"torch._foreach_lerp_", "tritoncls ModelEma", "tritoncls ema_blend_", "flat lerp"}

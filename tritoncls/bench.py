@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .clock import NO_MEMORY, TIME_IS_UP, Row, count_launches, cpu_rows, gpu_rows, wake_up
+from .clock import NO_MEMORY, TIME_IS_UP, Row, count_launches, cpu_rows, gpu_rows, of_copy, wake_up
 from .runtime import UserError, pick_device
 from .workloads import copy_work, ema_work, loss_work, missing, step_work, tune_work, with_shares
 
@@ -65,13 +65,13 @@ def device_name(device: torch.device) -> str:
     return f"{model}, {threads} thread{'s' * (threads > 1)}"
 
 # %% ../nbs/51_bench.ipynb #1e8fcbae
-def measured(part: str, device: torch.device, copy_gbps: float | None, deadline: float) -> Iterator[list[Row]]:
+def measured(part: str, device: torch.device, deadline: float) -> Iterator[list[Row]]:
     "The rows of each piece of work of a part."
     rows = gpu_rows if device.type == "cuda" else cpu_rows
     if absent := missing(part): yield absent
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
-        for work in PARTS[part](device): yield with_shares(list(rows(work, copy_gbps, deadline)))
+        for work in PARTS[part](device): yield with_shares(list(rows(work, deadline)))
     finally: torch.backends.cudnn.benchmark = benchmark
 
 
@@ -104,10 +104,10 @@ def run(
     copy_gbps = None
     try:
         for part in ("copy", *parts):
-            for found in measured(part, place, copy_gbps, min(end, time.monotonic() + PART_SECONDS)):
-                rows += found
-                if show: show(found)
-            if part == "copy": copy_gbps = next((row.gbps for row in rows if row.gbps), None)
+            for found in measured(part, place, min(end, time.monotonic() + PART_SECONDS)):
+                if not rows: copy_gbps = found[0].gbps
+                rows += [of_copy(row, copy_gbps) for row in found]
+                if show: show(rows[-len(found):])
         if place.type == "cuda": rows = with_launches(rows, parts, place, time.monotonic() + COUNT_SECONDS)
     finally: gc.unfreeze()
     return dict(device=device_name(place), driver=driver() if place.type == "cuda" else None, versions=versions(),

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TIME_IS_UP', 'NO_MEMORY', 'WAITS', 'FLUSH', 'CYCLES', 'BUDGET', 'MOST_LEAD', 'ROUNDS', 'ROUNDS_SECONDS', 'Work',
-           'Row', 'filled', 'flush_buffer', 'wake_up', 'runs', 'lead_us', 'device_us', 'once_us', 'host_us', 'waits',
-           'captured', 'end_capture', 'launches', 'time_on_gpu', 'attempt', 'gpu_rows', 'count_launches', 'cpu_rows']
+           'Row', 'four_digits', 'filled', 'of_copy', 'flush_buffer', 'wake_up', 'runs', 'lead_us', 'device_us',
+           'once_us', 'host_us', 'waits', 'captured', 'end_capture', 'launches', 'time_on_gpu', 'attempt', 'gpu_rows',
+           'count_launches', 'cpu_rows']
 
 # %% ../nbs/48_clock.ipynb #ad8c86c9
 import gc
@@ -46,12 +47,17 @@ class Row(NamedTuple):
 TIME_IS_UP, NO_MEMORY, WAITS = "skipped: time is up", "out of memory", "waits for the device"
 
 
-def filled(work: Work, case: str, impl: str, us: float, copy_gbps: float | None, **rest) -> Row:
+def four_digits(value: float | None) -> float | None: return value and float(f"{value:.4g}")
+
+
+def filled(work: Work, case: str, impl: str, us: float, **rest) -> Row:
     "A row with what follows from the time."
-    gbps = work.moved / us / 1e3 if work.moved else None
-    pct = 100 * gbps / copy_gbps if gbps and copy_gbps else None
-    digits = lambda value: value and float(f"{value:.4g}")
-    return Row(work.bench, case, impl, digits(us), digits(gbps), digits(pct), **rest)
+    return Row(work.bench, case, impl, four_digits(us), four_digits(work.moved / us / 1e3 if work.moved else None), **rest)
+
+
+def of_copy(row: Row, copy_gbps: float | None) -> Row:
+    "The row with its share of what a copy reaches."
+    return row._replace(pct_of_copy=four_digits(100 * row.gbps / copy_gbps)) if row.gbps and copy_gbps else row
 
 # %% ../nbs/48_clock.ipynb #fc829e08
 FLUSH = 512 << 20        # bytes, more than any cache
@@ -162,7 +168,7 @@ def launches(call: Callable[[], Any]) -> int | None:
     except (RuntimeError, AssertionError): return None
 
 # %% ../nbs/48_clock.ipynb #e140fa41
-def time_on_gpu(work: Work, impl: str, prepare: Callable[[], Callable], copy_gbps: float | None) -> Iterator[Row]:
+def time_on_gpu(work: Work, impl: str, prepare: Callable[[], Callable]) -> Iterator[Row]:
     "A row for each mode."
     call = prepare()
     for _ in range(2): call()
@@ -180,7 +186,7 @@ def time_on_gpu(work: Work, impl: str, prepare: Callable[[], Callable], copy_gbp
         repeated = calls if how == "eager" else 1  # a graph holds its calls already
         lead = lead_us(returned * repeated, waiting)
         us = device_us(one, lead, cache == "cold", repeated, runs(lead + busy * calls)) * repeated / calls
-        yield filled(work, f"{work.case} {mode}", impl, us, copy_gbps, note=WAITS if waiting else "",
+        yield filled(work, f"{work.case} {mode}", impl, us, note=WAITS if waiting else "",
                      host_us=round(returned, 1) if repeated == calls else None)
 
 # %% ../nbs/48_clock.ipynb #feb425d0
@@ -196,11 +202,11 @@ def attempt(work: Work, impl: str, rows: Iterator[Row]) -> Iterator[Row]:
     yield Row(work.bench, work.case, impl, note=note)
 
 
-def gpu_rows(work: Work, copy_gbps: float | None, deadline: float) -> Iterator[Row]:
+def gpu_rows(work: Work, deadline: float) -> Iterator[Row]:
     "Each way in turn, as long as there is time."
     for impl, prepare in work.ways.items():
         if time.monotonic() > deadline: yield Row(work.bench, work.case, impl, note=TIME_IS_UP)
-        else: yield from attempt(work, impl, time_on_gpu(work, impl, prepare, copy_gbps))
+        else: yield from attempt(work, impl, time_on_gpu(work, impl, prepare))
 
 # %% ../nbs/48_clock.ipynb #b468c0b1
 def count_launches(work: Work, deadline: float) -> Iterator[tuple[str, int | None]]:
@@ -216,23 +222,24 @@ def count_launches(work: Work, deadline: float) -> Iterator[tuple[str, int | Non
 ROUNDS, ROUNDS_SECONDS = 50, 2.0
 
 
-def cpu_rows(work: Work, copy_gbps: float | None, deadline: float) -> Iterator[Row]:
+def cpu_rows(work: Work, deadline: float) -> Iterator[Row]:
     "All ways, round after round."
-    calls, times = {}, {}
+    calls, times, left, end = {}, {impl: [] for impl in work.ways}, list(work.ways), 0.0
 
-    def start(impl: str) -> Iterator[Row]:
-        call = work.ways[impl]()
-        call()
-        calls[impl], times[impl] = call, []
+    def once(impl: str) -> Iterator[Row]:
+        if impl not in calls:
+            calls[impl] = work.ways[impl]()
+            calls[impl]()
+        began = time.perf_counter()
+        calls[impl]()
+        times[impl].append(1e6 * (time.perf_counter() - began))
         yield from ()
-    for impl in work.ways:
-        if time.monotonic() > deadline: yield Row(work.bench, work.case, impl, note=TIME_IS_UP)
-        else: yield from attempt(work, impl, start(impl))
-    end = time.monotonic() + ROUNDS_SECONDS
     for turn in range(ROUNDS):
+        if turn == 1: end = time.monotonic() + ROUNDS_SECONDS
         if turn >= 3 and time.monotonic() > end: break
-        for impl, call in calls.items():
-            began = time.perf_counter()
-            call()
-            times[impl].append(1e6 * (time.perf_counter() - began))
-    for impl, measured in times.items(): yield filled(work, work.case, impl, statistics.median(measured), copy_gbps)
+        for impl in list(left):
+            late = turn == 0 and time.monotonic() > deadline
+            if failed := [Row(work.bench, work.case, impl, note=TIME_IS_UP)] if late else [*attempt(work, impl, once(impl))]:
+                left.remove(impl)
+                yield from failed
+    for impl in left: yield filled(work, work.case, impl, statistics.median(times[impl]))

@@ -144,11 +144,11 @@ def loss_call(
 
 # %% ../nbs/49_workloads.ipynb #36e14994
 def loss_case(shape: Shape, grad: bool) -> tuple[str, int]:
-    "What the work is called, and the bytes that it has to move."
+    "What the work is called, and the bytes that it has to move: logits, target, and the gradient."
     columns = f"{shape.C}" if shape.stride == shape.C else f"{shape.C}/{shape.stride}"
-    passes = 1 + grad + (shape.kind == "dense")
+    target = {"ids": 8, "mixed": 16, "dense": shape.C * shape.dtype.itemsize}[shape.kind]
     return (f"{shape.N}x{columns} {'bf16' if shape.dtype == BF16 else 'fp32'} {shape.kind} {'grad' if grad else 'forward'}",
-            passes * shape.N * shape.C * shape.dtype.itemsize)
+            shape.N * ((1 + grad) * shape.C * shape.dtype.itemsize + target))
 
 
 def loss_ways(shape: Shape, grad: bool) -> dict[str, Loss]:
