@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritoncls import bench, clock, workloads
+from tritoncls import bench, clock, iterations, workloads
 from tritoncls.clock import NO_MEMORY, TIME_IS_UP, WAITS, Row, Work, gpu_rows
+from tritoncls.iterations import NETWORKS, sizes
 from tritoncls.runtime import UserError
-from tritoncls.workloads import BF16, FP32, GPU_SHAPES, NETWORKS, Shape, loss_case, sizes
+from tritoncls.workloads import BF16, FP32, GPU_SHAPES, Shape, loss_case
 
 ROOT = Path(__file__).parent.parent
 MODES = ("eager cold", "eager warm", "graph cold", "graph warm")
@@ -184,14 +185,14 @@ def tiny(monkeypatch):
     "Small pieces of every work."
     shapes = (*(Shape(4, C, stride, FP32, kind) for C, stride in ((10, 10), (21, 24)) for kind in ("ids", "mixed", "dense")),)
     monkeypatch.setattr(workloads, "CPU_SHAPES", shapes)
-    monkeypatch.setattr(workloads, "NETWORKS", {name: workloads.Network("7x3 4096 100", 2, 3) for name in NETWORKS})
-    monkeypatch.setattr(workloads, "installed", lambda package: package == "torch")
+    monkeypatch.setattr(iterations, "NETWORKS", {name: iterations.Network("7x3 4096 100", 2, 3) for name in NETWORKS})
+    for module in (workloads, iterations): monkeypatch.setattr(module, "installed", lambda package: package == "torch")
     parts = lambda: (torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    monkeypatch.setattr(workloads, "small_network", lambda: torch.nn.Sequential(*parts(), torch.nn.Linear(4, 10)))
+    monkeypatch.setattr(iterations, "small_network", lambda: torch.nn.Sequential(*parts(), torch.nn.Linear(4, 10)))
     monkeypatch.setattr(clock, "BUDGET", 1)
     monkeypatch.setattr(clock, "ROUNDS", 3)
     workloads.draw.cache_clear()
-    workloads.model_of.cache_clear()
+    iterations.model_of.cache_clear()
 
 
 def test_every_way_runs_under_the_clock_of_a_gpu(gpu, monkeypatch):
@@ -229,7 +230,7 @@ def test_the_bytes_are_the_same_for_all_and_the_fewest_there_are():
     assert loss_case(Shape(256, 10, 10, BF16, "mixed"), grad=False) == ("256x10 bf16 mixed forward", 256 * (10 * 2 + 2 * 8))
     flat = loss_case(Shape(8192, 1000, 1000, FP32, "dense"), grad=False)
     assert flat == ("8192x1000 fp32 dense forward", 2 * 8192 * 1000 * 4)
-    resnet50 = next(work for work in workloads.ema_work(CPU) if work.case == "resnet50 fp32")
+    resnet50 = next(work for work in iterations.ema_work(CPU) if work.case == "resnet50 fp32")
     assert resnet50.moved == 12 * 25_610_152 + 16 * 53
 
 
@@ -252,8 +253,8 @@ def test_eager_accuracy_is_timms(kind):
 
 def test_what_people_write_is_what_an_iteration_does():
     "Our iteration and the plain one train the same network, and average it alike."
-    plain, ours = (workloads.training(workloads.small_network, 4, 8, 10, CPU, fused) for fused in (False, True))
-    (plain_step, _), (our_step, _) = workloads.STEPS["plain PyTorch"], workloads.STEPS["tritoncls"]
+    plain, ours = (iterations.training(iterations.small_network, 4, 8, 10, CPU, fused) for fused in (False, True))
+    (plain_step, _), (our_step, _) = iterations.STEPS["plain PyTorch"], iterations.STEPS["tritoncls"]
     for _ in range(3): assert torch.equal(plain_step(plain), our_step(ours))
     for a, b in zip(plain.params + plain.shadows, ours.params + ours.shadows, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -389,7 +390,7 @@ def test_our_ways_are_measured_in_every_mode_and_agree_with_torch():
 
 @pytest.mark.cuda
 def test_every_average_is_measured():
-    works = {work.case: work for work in workloads.ema_work(torch.device("cuda"))}
+    works = {work.case: work for work in iterations.ema_work(torch.device("cuda"))}
     rows = list(gpu_rows(works["efficientnet_b0 fp32"], time.monotonic() + 120))
     assert all(row.us or "no graph" in row.note for row in rows), rows
     assert {row.impl for row in rows} >= {"torch._foreach_lerp_", "tritoncls ModelEma", "tritoncls ema_blend_", "flat lerp"}

@@ -28,8 +28,9 @@ import torch
 
 from . import __version__
 from .clock import NO_MEMORY, TIME_IS_UP, Row, count_launches, cpu_rows, gpu_rows, of_copy, wake_up
+from .iterations import ema_work, step_work, with_shares
 from .runtime import UserError, pick_device
-from .workloads import copy_work, ema_work, loss_work, missing, step_work, tune_work, with_shares
+from .workloads import copy_work, loss_work, missing, tune_work
 
 import triton
 
