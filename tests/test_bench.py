@@ -225,6 +225,14 @@ def test_the_tensor_lists_are_those_of_the_networks():
         assert network.modules == len(list(model.modules())), name
 
 
+def test_resnet50_is_torchvisions():
+    theirs = pytest.importorskip("torchvision").models.resnet50().eval()
+    ours = iterations.resnet50().eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode(): torch.testing.assert_close(ours(x), theirs(x))
+
+
 def test_the_bytes_are_the_same_for_all_and_the_fewest_there_are():
     assert loss_case(Shape(8192, 1000, 1000, BF16), grad=True) == ("8192x1000 bf16 ids grad", 8192 * (2 * 1000 * 2 + 8))
     assert loss_case(Shape(256, 10, 10, BF16, "mixed"), grad=False) == ("256x10 bf16 mixed forward", 256 * (10 * 2 + 2 * 8))

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'MOMENTUM', 'EMAS', 'STEPS', 'NOT_NETWORK', 'Network', 'sizes', 'as_module', 'model_of', 'Ema',
            'average_of', 'foreach', 'per_tensor', 'our_function', 'updates', 'our_model', 'averaged_model',
-           'timms_model', 'flat_lerp', 'ema_work', 'Training', 'small_network', 'resnet50', 'training', 'iteration',
-           'network_alone', 'step_work', 'with_shares']
+           'timms_model', 'flat_lerp', 'ema_work', 'Training', 'small_network', 'Bottleneck', 'resnet50', 'training',
+           'iteration', 'network_alone', 'step_work', 'with_shares']
 
-# %% ../nbs/50_iterations.ipynb #3a113b3d
+# %% ../nbs/50_iterations.ipynb #7965ce5f
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -18,7 +19,6 @@ from torch import nn
 
 from .clock import Row, Work
 from .ema import ModelEma, ema_blend_
-from .runtime import UserError
 from .workloads import BF16, FP32, Loss, installed, our_loss, torch_loss
 
 # %% ../nbs/50_iterations.ipynb #67c2a407
@@ -155,15 +155,34 @@ def small_network() -> nn.Module:
         c_in = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, 10))
 
+# %% ../nbs/50_iterations.ipynb #0d786e56
+class Bottleneck(nn.Module):
+    "A residual block of a ResNet-50."
+    def __init__(self, c_in: int, width: int, stride: int):
+        super().__init__()
+        c_out = 4 * width
+        self.conv1, self.bn1 = nn.Conv2d(c_in, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
+        self.downsample = None
+        if c_in != c_out: self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn1(self.conv1(x)).relu_()
+        y = self.bn2(self.conv2(y)).relu_()
+        return (self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x))).relu_()
+
 
 def resnet50() -> nn.Module:
-    "timm's, or else torchvision's."
-    if installed("timm"):
-        from timm import create_model
-        return create_model("resnet50")
-    if not installed("torchvision"): raise UserError("resnet50 needs timm or torchvision")
-    from torchvision.models import resnet50
-    return resnet50()
+    layers, c_in = {}, 64
+    for n, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), start=1):
+        first = Bottleneck(c_in, width, 1 if n == 1 else 2)
+        c_in = 4 * width
+        layers[f"layer{n}"] = nn.Sequential(first, *(Bottleneck(c_in, width, 1) for _ in range(blocks - 1)))
+    return nn.Sequential(OrderedDict(
+        conv1=nn.Conv2d(3, 64, 7, 2, 3, bias=False), bn1=nn.BatchNorm2d(64), relu=nn.ReLU(inplace=True),
+        maxpool=nn.MaxPool2d(3, 2, 1), **layers,
+        avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(c_in, 1000)))
 
 # %% ../nbs/50_iterations.ipynb #275f2a0f
 def training(
