@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from tritoncls import bench, clock, iterations, workloads
-from tritoncls.clock import NO_MEMORY, TIME_IS_UP, WAITS, Row, Work, gpu_rows
+from tritoncls.clock import NO_MEMORY, TIME_IS_UP, TOO_LARGE, WAITS, Row, Work, gpu_rows
 from tritoncls.iterations import NETWORKS, sizes
 from tritoncls.runtime import UserError
 from tritoncls.workloads import BF16, FP32, GPU_SHAPES, Shape, loss_case
@@ -131,7 +131,20 @@ def test_each_mode_measures_the_device_and_not_what_precedes(gpu):
 
 def test_work_that_no_cache_holds_is_cold(gpu):
     rows = rows_of({"seven": lambda: lambda: gpu.work(7)}, moved=clock.FLUSH)
-    assert [row.case for row in rows] == ["numbers eager cold", "numbers graph cold"]
+    assert [(row.us, row.note) for row in rows] == [(7.0, ""), (None, TOO_LARGE)] * 2
+
+
+@pytest.mark.parametrize("kind", ("mixed", "dense"))
+def test_what_a_peer_cannot_do_is_a_row_that_says_so(gpu, monkeypatch, kind):
+    monkeypatch.setattr(workloads, "installed", lambda package: True)
+    monkeypatch.setattr(workloads, "GPU_SHAPES", (Shape(8, 10, 10, FP32, kind),))
+    monkeypatch.setattr(clock, "device_us", lambda call, *args, **options: (call(), 1.0)[1])
+    monkeypatch.setattr(workloads, "draw", lambda shape, device, draw=workloads.draw: draw(shape, CPU))
+    rows = [row for work in workloads.loss_work(torch.device("cuda")) for row in gpu_rows(work, time.monotonic() + 60)]
+    said = {(row.case, row.impl) for row in rows if row.note == "takes class ids only" and row.us is None}
+    assert said == {(f"8x10 fp32 {kind} grad", impl) for impl in ("Liger", "QuACK", "QuACK, one pass")} | {
+        (f"8x10 fp32 {kind} forward", impl) for impl in ("Liger", "QuACK")}
+    assert {row.impl for row in rows if row.us} == {"torch eager", "tritoncls", "tritoncls, one pass"}
 
 
 def test_a_way_that_waits_for_the_device_has_no_graph(gpu):
@@ -385,6 +398,7 @@ def test_our_ways_are_measured_in_every_mode_and_agree_with_torch():
         x, target = workloads.draw(shape, device)
         loss = workloads.torch_loss(x.double(), target)[0]
         for name, function in workloads.loss_ways(shape, grad=True).items():
+            if kind != "ids" and function in workloads.IDS_ONLY: continue
             got = workloads.loss_call(function, shape, device, grad=True)()[0]
             assert abs(got.item() - loss.item()) <= 0.02 * loss.item(), name
         ways = {name: lambda f=function, s=shape: workloads.loss_call(f, s, device, True)

@@ -82,7 +82,7 @@ def quack_pass(x: torch.Tensor, target: torch.Tensor) -> tuple:
 LOSSES = {  # way -> function, and the package that it needs
     "torch eager": (torch_loss, "torch"), "tritoncls": (our_loss, "torch"), "tritoncls, one pass": (our_pass, "torch"),
     "Liger": (liger_loss, "liger_kernel"), "QuACK": (quack_loss, "quack"), "QuACK, one pass": (quack_pass, "quack")}
-IDS_ONLY = ("Liger", "QuACK", "QuACK, one pass")
+IDS_ONLY = (liger_loss, quack_loss, quack_pass)
 
 # %% ../nbs/49_workloads.ipynb #16eb1519
 class Shape(NamedTuple):
@@ -123,6 +123,7 @@ def loss_call(
     grad: bool,             # with the gradient to the logits
 ) -> Callable[[], tuple]:   # gives the loss, and other things
     "One call of a loss, and of the backward pass unless the loss has made the gradient."
+    if function in IDS_ONLY and shape.kind != "ids": raise UserError("takes class ids only")
     x, target = draw(shape, device)
     if function is liger_loss: x = x.clone()  # it writes there
     x = x.detach().requires_grad_(grad)
@@ -146,10 +147,10 @@ def loss_case(shape: Shape, grad: bool) -> tuple[str, int]:
 
 
 def loss_ways(shape: Shape, grad: bool) -> dict[str, Loss]:
-    "Those that can do this, and that are installed."
+    "Those that are installed; without a gradient, one pass is what all of them do."
     if shape.compiled: return {"torch.compile": torch_loss}
     return {name: function for name, (function, package) in LOSSES.items()
-            if installed(package) and (grad or "one pass" not in name) and (shape.kind == "ids" or name not in IDS_ONLY)}
+            if installed(package) and (grad or "one pass" not in name)}
 
 
 def loss_work(device: torch.device) -> Iterator[Work]:
