@@ -137,10 +137,9 @@ def test_work_that_no_cache_holds_is_cold(gpu):
 @pytest.mark.parametrize("kind", ("mixed", "dense"))
 def test_what_a_peer_cannot_do_is_a_row_that_says_so(gpu, monkeypatch, kind):
     monkeypatch.setattr(workloads, "installed", lambda package: True)
-    monkeypatch.setattr(workloads, "GPU_SHAPES", (Shape(8, 10, 10, FP32, kind),))
+    monkeypatch.setattr(workloads, "CPU_SHAPES", (Shape(8, 10, 10, FP32, kind),))
     monkeypatch.setattr(clock, "device_us", lambda call, *args, **options: (call(), 1.0)[1])
-    monkeypatch.setattr(workloads, "draw", lambda shape, device, draw=workloads.draw: draw(shape, CPU))
-    rows = [row for work in workloads.loss_work(torch.device("cuda")) for row in gpu_rows(work, time.monotonic() + 60)]
+    rows = [row for work in workloads.loss_work(CPU) for row in gpu_rows(work, time.monotonic() + 60)]
     said = {(row.case, row.impl) for row in rows if row.note == "takes class ids only" and row.us is None}
     assert said == {(f"8x10 fp32 {kind} grad", impl) for impl in ("Liger", "QuACK", "QuACK, one pass")} | {
         (f"8x10 fp32 {kind} forward", impl) for impl in ("Liger", "QuACK")}
@@ -260,6 +259,21 @@ def test_the_grid_has_what_was_asked_for():
     assert plain == {(N, C, dtype) for N in (256, 1024, 8192, 32768) for dtype in (BF16, FP32)
                      for C in (10, 1000, 4096, 21841, 21848, 32768, 131072)}
     assert {s.kind for s in GPU_SHAPES} == {"ids", "mixed", "dense"} and sum(s.compiled for s in GPU_SHAPES) == 3
+    goals = {(N, C, C) for N in (8192, 32768) for C in (1000, 4096, 21848, 32768)} | {
+        (N, 21841, 21848) for N in (8192, 32768)} | {(1024, 1000, 1000)}
+    assert goals <= {(s.N, s.C, s.stride) for s in GPU_SHAPES[:14] if s.dtype == BF16}
+    assert {s.dtype for s in GPU_SHAPES[:-28]} == {BF16} and {s.dtype for s in GPU_SHAPES[-28:]} == {FP32}
+
+
+def test_the_last_part_has_the_time_that_is_left(monkeypatch):
+    "And a part alone has its own."
+    seen = {}
+    monkeypatch.setattr(bench, "measured", lambda part, device, deadline: seen.update({part: deadline}) or iter(()))
+    began = time.monotonic()
+    bench.run(("ema", "step", "loss"), "cpu")
+    assert [round(seen[part] - began, -1) for part in ("copy", "ema", "step", "loss")] == [200, 200, 200, 430]
+    bench.run(("loss",), "cpu")
+    assert seen["loss"] - time.monotonic() <= 200
 
 
 @pytest.mark.parametrize("kind", ("ids", "mixed", "dense"))

@@ -5,11 +5,15 @@
 # %% auto #0
 __all__ = ['Loss', 'LOSSES', 'IDS_ONLY', 'BATCHES', 'CLASSES', 'BF16', 'FP32', 'GPU_SHAPES', 'CPU_SHAPES', 'PEERS', 'SWEEP',
            'copy_work', 'installed', 'torch_hits', 'torch_loss', 'our_loss', 'our_pass', 'liger_loss', 'quack_loss',
-           'quack_pass', 'Shape', 'draw', 'loss_call', 'loss_case', 'loss_ways', 'loss_work', 'missing', 'tune_work']
+           'quack_pass', 'Shape', 'draw', 'loss_call', 'loss_case', 'loss_ways', 'compile_ahead', 'loss_work',
+           'missing', 'tune_work']
 
 # %% ../nbs/49_workloads.ipynb #d7fc8742
 import importlib.util
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -95,13 +99,14 @@ class Shape(NamedTuple):
     compiled: bool = False
 
 
-BATCHES, CLASSES = (8192, 1024, 32768, 256), (1000, 4096, 21841, 21848, 32768, 10, 131072)
+BATCHES, CLASSES = (32768, 8192, 1024, 256), (1000, 4096, 21848, 32768, 21841, 10, 131072)
 BF16, FP32 = torch.bfloat16, torch.float32
-GPU_SHAPES = (
-    *(Shape(N, C, C, BF16) for C in CLASSES for N in BATCHES), *(Shape(N, 21841, 21848, BF16) for N in BATCHES[:3]),
+GPU_SHAPES = tuple(dict.fromkeys((
+    *(Shape(N, C, C, BF16) for C in CLASSES[:4] for N in BATCHES[:2]), *(Shape(N, 21841, 21848, BF16) for N in BATCHES[:3]),
+    *(Shape(N, C, C, BF16) for C in CLASSES for N in reversed(BATCHES)),
     *(Shape(8192, C, C, BF16, kind) for C in (1000, 21848) for kind in ("mixed", "dense")),
     *(Shape(8192, C, C, BF16, compiled=True) for C in (1000, 21848, 131072)),
-    *(Shape(N, C, C, FP32) for N in BATCHES for C in CLASSES))
+    *(Shape(N, C, C, FP32) for C in CLASSES for N in BATCHES))))
 CPU_SHAPES = (
     *(Shape(256, C, C, FP32) for C in (10, 1000, 21841)), *(Shape(256, 1000, 1000, FP32, kind) for kind in ("mixed", "dense")))
 
@@ -151,6 +156,19 @@ def loss_ways(shape: Shape, grad: bool) -> dict[str, Loss]:
     if shape.compiled: return {"torch.compile": torch_loss}
     return {name: function for name, (function, package) in LOSSES.items()
             if installed(package) and (grad or "one pass" not in name)}
+
+
+def compile_ahead(shapes: Sequence[Shape], device: torch.device) -> None:
+    "Compile our kernels for some shapes, many at a time, which on a machine with many cores saves most of the wait."
+    def once(shape: Shape) -> None:
+        with suppress(Exception), torch.autograd.set_multithreading_enabled(False):  # it fails again where it is measured
+            for function, grad in ((our_pass, True), (our_loss, True), (our_loss, False)):
+                loss_call(function, shape, device, grad)()
+    small = (shape._replace(N=min(shape.N, max(256, 2**27 // shape.C))) for shape in shapes if not shape.compiled)
+    first, *others = dict.fromkeys(small)
+    once(first)  # alone: it sets the compiler up
+    with ThreadPoolExecutor(min(16, os.cpu_count())) as pool: list(pool.map(once, others))
+    draw.cache_clear()
 
 
 def loss_work(device: torch.device) -> Iterator[Work]:
