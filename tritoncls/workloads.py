@@ -195,7 +195,6 @@ SWEEP = [(None, None), *((1 << power, warps) for power in range(10, 16) for warp
 
 def tune_work(device: torch.device) -> Iterator[Work]:
     "The loss by other plans than the library's."
-    if device.type != "cuda": raise UserError("tune measures plans of kernels: it needs a GPU")
     for C in (1000, 4096, 16384, 32768, 21848):
         shape = Shape(8192, C, C, BF16)
         for elements, warps in SWEEP:
