@@ -14,6 +14,7 @@ import json
 import math
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -78,15 +79,15 @@ def measured(part: str, device: torch.device, deadline: float) -> Iterator[list[
     finally: torch.backends.cudnn.benchmark = benchmark
 
 
-def in_time(parts: Sequence[str], device: torch.device) -> Iterator[tuple[str, list[Row]]]:
-    "The rows of a copy and of all parts."
+def in_time(left: list[str], device: torch.device) -> Iterator[list[Row]]:
+    "The rows of all parts that are left, until there are none."
     if device.type == "cuda":
         torch.cuda.set_device(device)
         wake_up()
-    end = time.monotonic() + (WHOLE_SECONDS if len(parts) > 1 else PART_SECONDS)
-    for part in ("copy", *parts):
-        deadline = end if part == parts[-1] else min(end, time.monotonic() + PART_SECONDS)
-        for rows in measured(part, device, deadline): yield part, rows
+    end = time.monotonic() + (WHOLE_SECONDS if len(left) > 2 else PART_SECONDS)
+    while left:
+        yield from measured(left[0], device, end if len(left) == 1 else min(end, time.monotonic() + PART_SECONDS))
+        del left[0]
 
 
 def with_launches(rows: Sequence[Row], parts: Sequence[str], device: torch.device, deadline: float) -> list[Row]:
@@ -99,7 +100,7 @@ def with_launches(rows: Sequence[Row], parts: Sequence[str], device: torch.devic
                 found |= {(work.bench, f"{work.case} {mode}", impl): count for mode in work.modes}
     return [row._replace(launches=found.get((row.bench, row.case, row.impl)) if row.us else None) for row in rows]
 
-# %% ../nbs/51_bench.ipynb #c9cce69b
+# %% ../nbs/51_bench.ipynb #3f53033b
 INTERRUPTED = "interrupted: not all of this part is here"
 
 
@@ -121,16 +122,14 @@ def run(
     if keep: keep(result)
     import_module("torch._dynamo")  # by the first operator otherwise, which would leave its tensors in a cycle
     rows: list[Row] = []
-    left = list(parts)
+    left = ["copy", *parts]
     gc.collect()
     gc.freeze()  # each capture of a graph collects garbage, and there is much that is none
     try:
-        for part, found in in_time(parts, place):
-            if part != "copy": left = left[left.index(part):]
+        for found in in_time(left, place):
             if not rows: result["copy_gbps"] = found[0].gbps
             rows += [of_copy(row, result["copy_gbps"]) for row in found]
             if show: show(rows[-len(found):])
-        left = []
         if place.type == "cuda": rows = with_launches(rows, parts, place, time.monotonic() + COUNT_SECONDS)
     finally:
         gc.unfreeze()
@@ -215,4 +214,6 @@ def main(
 
 # %% ../nbs/51_bench.ipynb #cec5bee9
 #| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, so that what has been measured is written
+    sys.exit(main())

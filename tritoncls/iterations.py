@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'MOMENTUM', 'EMAS', 'STEPS', 'NOT_NETWORK', 'Network', 's
            'timms_model', 'flat_lerp', 'ema_work', 'Training', 'small_network', 'Bottleneck', 'resnet50', 'training',
            'iteration', 'network_alone', 'step_work', 'with_shares']
 
-# %% ../nbs/50_iterations.ipynb #edefbf60
+# %% ../nbs/50_iterations.ipynb #7965ce5f
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -155,7 +155,7 @@ def small_network() -> nn.Module:
         c_in = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, 10))
 
-# %% ../nbs/50_iterations.ipynb #00a07474
+# %% ../nbs/50_iterations.ipynb #0d786e56
 class Bottleneck(nn.Module):
     "A residual block of a ResNet-50."
     def __init__(self, c_in: int, width: int, stride: int):
