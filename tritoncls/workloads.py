@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['Loss', 'LOSSES', 'IDS_ONLY', 'BATCHES', 'CLASSES', 'BF16', 'FP32', 'GPU_SHAPES', 'CPU_SHAPES', 'PEERS', 'SWEEP',
-           'copy_work', 'installed', 'torch_hits', 'torch_loss', 'our_loss', 'our_pass', 'liger_loss', 'quack_loss',
-           'quack_pass', 'Shape', 'draw', 'loss_call', 'loss_case', 'loss_ways', 'compile_ahead', 'loss_work',
-           'missing', 'tune_work']
+           'LIBRARY', 'TUNE_SHAPES', 'TUNE_BACKWARD', 'copy_work', 'installed', 'torch_hits', 'torch_loss', 'our_loss',
+           'our_pass', 'liger_loss', 'quack_loss', 'quack_pass', 'Shape', 'draw', 'loss_call', 'loss_case', 'loss_ways',
+           'compile_ahead', 'loss_work', 'missing', 'tuned_shapes', 'tune_losses']
 
 # %% ../nbs/49_workloads.ipynb #d7fc8742
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -189,21 +190,29 @@ def missing(part: str) -> list[Row]:
             if not installed(package)]
 
 # %% ../nbs/49_workloads.ipynb #4d33437e
-SWEEP = [(None, None), *((1 << power, warps) for power in range(10, 16) for warps in (4, 8, 16, 32)
-                         if 8 <= (1 << power) // (32 * warps) <= 64)]  # elements of a tile, warps
+SWEEP = ((None, None), *((1 << power, warps) for power in range(10, 16) for warps in (4, 8, 16, 32)
+                         if 8 <= (1 << power) // (32 * warps) <= 64))  # elements of a tile, warps
+LIBRARY = "the library's plan"
+TUNE_SHAPES = (*(Shape(8192, C, C, BF16) for C in (1000, 4096, 16384, 32768, 21848)), Shape(32768, 1000, 1000, BF16))
+TUNE_BACKWARD = TUNE_SHAPES[:4:3]  # 1000 and 32768 classes
 
 
-def tune_work(device: torch.device) -> Iterator[Work]:
-    "The loss by other plans than the library's."
-    for C in (1000, 4096, 16384, 32768, 21848):
-        shape = Shape(8192, C, C, BF16)
-        for elements, warps in SWEEP:
-            tiles = ((1 << 30, elements, warps),)
-            if elements: ce.plan_rows = lambda n, c, _=None, split=True, tiles=tiles: plan_rows(n, c, tiles, split)
-            name = f"{elements} elements, {warps} warps" if elements else "the library's plan"
-            try:
-                for function, grad in ((our_pass, True), (our_loss, False)):
-                    way = partial(loss_call, function, shape, device, grad)
-                    yield Work("tune", *loss_case(shape, grad), {name: way}, ("eager cold",))
-            finally: ce.plan_rows = plan_rows
+def tuned_shapes(elements: int | None) -> list[Shape]:
+    "Where a tile of so many elements is worth a try."
+    return [shape for shape in TUNE_SHAPES if shape.C > 4096 or (elements or 0) < 8 * shape.C]
+
+
+def tune_losses(device: torch.device) -> Iterator[Work]:
+    "The loss by other plans than the library's, compiled many at a time."
+    for elements, warps in SWEEP:
+        name = f"{elements} elements, {warps} warps" if elements else LIBRARY
+        other = lambda n, c, _=None, split=True, tiles=((1 << 30, elements, warps),): plan_rows(n, c, tiles, split)
+        with patch.object(ce, "plan_rows", other) if elements else nullcontext():
+            compile_ahead(shapes := tuned_shapes(elements), device)
+            for shape in shapes:
+                for function, grad in ((our_pass, True), (our_loss, False), (our_loss, True)):
+                    if function is our_loss and grad and shape not in TUNE_BACKWARD: continue
+                    case, moved = loss_case(shape, grad)
+                    case = f"{case}, two passes" if function is our_loss and grad else case
+                    yield Work("tune", case, moved, {name: partial(loss_call, function, shape, device, grad)}, ("eager cold",))
     draw.cache_clear()
