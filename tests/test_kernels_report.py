@@ -113,7 +113,9 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsy
     assert "8192x1000 ids" in capsys.readouterr().out
     inspect.print_report([], file)
     assert [made["target"] for made in json.loads(file.read_text())] == ["sm_80", "sm_90", "sm_100", "gfx942"]
-    with pytest.raises(UserError, match="--json"): inspect.print_report(["sm_90"], tmp_path)
+    monkeypatch.setattr(inspect, "report", lambda targets: pytest.fail("compiled before the path was tried"))
+    for path in (tmp_path, tmp_path / "absent" / "kernels.json"):
+        with pytest.raises(UserError, match="--json"): inspect.print_report(["sm_90"], path)
 
 
 def test_a_kernel_that_does_not_compile_is_named():

@@ -241,10 +241,10 @@ def print_report(
     file: Path | None = None,      # also write JSON there: an object for one target; for several, a list of such objects
 ) -> None:
     "What `tritoncls kernels` does."
-    targets = targets or tuple(TARGETS)
-    try:
-        if file is not None: file.open("a").close()  # compiling takes minutes: a path that does not work is found before
-        made = report(targets)
-        if file is not None: file.write_text(json.dumps(made[0] if len(made) == 1 else made, indent=1) + "\n", encoding="utf-8")
-    except OSError as error: raise UserError(f"--json {str(file)!r}: cannot write there: {error}") from None
+    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):  # said before minutes of compiling
+        raise UserError(f"--json {str(file)!r}: cannot write there")
+    made = report(targets or tuple(TARGETS))
+    if file is not None:
+        try: file.write_text(json.dumps(made[0] if len(made) == 1 else made, indent=1) + "\n", encoding="utf-8")
+        except OSError as error: raise UserError(f"--json {str(file)!r}: cannot write there: {error}") from None
     print("\n\n".join(map(kernel_table, made)))
