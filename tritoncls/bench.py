@@ -104,7 +104,7 @@ def with_launches(rows: Sequence[Row], parts: Sequence[str], device: torch.devic
                 found |= {(work.bench, f"{work.case} {mode}", impl): count for mode in work.modes}
     return [row._replace(launches=found.get((row.bench, row.case, row.impl)) if row.us else None) for row in rows]
 
-# %% ../nbs/51_bench.ipynb #733333de
+# %% ../nbs/51_bench.ipynb #3f53033b
 INTERRUPTED = "interrupted: not all of this part is here"
 
 
