@@ -104,7 +104,7 @@ def with_launches(rows: Sequence[Row], parts: Sequence[str], device: torch.devic
                 found |= {(work.bench, f"{work.case} {mode}", impl): count for mode in work.modes}
     return [row._replace(launches=found.get((row.bench, row.case, row.impl)) if row.us else None) for row in rows]
 
-# %% ../nbs/51_bench.ipynb #3f53033b
+# %% ../nbs/51_bench.ipynb #d2689a8e
 INTERRUPTED = "interrupted: not all of this part is here"
 
 
@@ -134,7 +134,8 @@ def run(
             if not rows: result["copy_gbps"] = found[0].gbps
             rows += [of_copy(row, result["copy_gbps"]) for row in found]
             if show: show(rows[-len(found):])
-        if place.type == "cuda": rows = with_launches(rows, parts, place, time.monotonic() + COUNT_SECONDS)
+        if place.type == "cuda":
+            rows = with_launches(rows, [part for part in parts if part in ALL], place, time.monotonic() + COUNT_SECONDS)
     finally:
         gc.unfreeze()
         rows += [Row(part, "all", "all ways", note=INTERRUPTED) for part in left]

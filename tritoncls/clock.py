@@ -212,7 +212,7 @@ def gpu_rows(work: Work, deadline: float) -> Iterator[Row]:
         if time.monotonic() > deadline: yield Row(work.bench, work.case, impl, note=TIME_IS_UP)
         else: yield from attempt(work, impl, time_on_gpu(work, impl, prepare))
 
-# %% ../nbs/48_clock.ipynb #e0a0932c
+# %% ../nbs/48_clock.ipynb #b468c0b1
 def count_launches(work: Work, deadline: float) -> Iterator[tuple[str, int | None]]:
     "Each way that works and its launches, as long as there is time."
     for impl, prepare in work.ways.items():

@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'MOMENTUM', 'EMAS', 'STEPS', 'NOT_NETWORK', 'EMA_SWEEP', 
            'timms_model', 'flat_lerp', 'ema_bytes', 'ema_work', 'Training', 'small_network', 'Bottleneck', 'resnet50',
            'training', 'iteration', 'network_alone', 'step_work', 'with_shares', 'Launcher', 'tune_averages']
 
-# %% ../nbs/50_iterations.ipynb #ba4879a1
+# %% ../nbs/50_iterations.ipynb #aff15609
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -160,7 +160,7 @@ def small_network() -> nn.Module:
         c_in = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, 10))
 
-# %% ../nbs/50_iterations.ipynb #0d786e56
+# %% ../nbs/50_iterations.ipynb #00a07474
 class Bottleneck(nn.Module):
     "A residual block of a ResNet-50."
     def __init__(self, c_in: int, width: int, stride: int):
@@ -257,7 +257,7 @@ def with_shares(rows: Sequence[Row]) -> list[Row]:
     share = lambda row: f"{100 * (1 - alone[row.case] / row.us):.1f}% {NOT_NETWORK}"
     return [row._replace(note=share(row)) if whole(row) else row for row in rows]
 
-# %% ../nbs/50_iterations.ipynb #4aa295f8
+# %% ../nbs/50_iterations.ipynb #bb6fdc46
 EMA_SWEEP = ((None, None), *((chunk, warps) for chunk in (1024, 2048, 4096, 8192, 16384) for warps in (2, 4, 8, 16)
                              if 8 <= chunk // (32 * warps) <= 64))  # elements of a chunk, warps
 
