@@ -29,7 +29,7 @@ class FakeGpu:
     "Enough of torch.cuda to run the clock without a GPU: a device whose time is the number of calls since its events."
     def __init__(self):
         self.now, self.slept, self.flushed, self.capturing, self.strict = 0, [], 0, False, False
-        self.current, self.pools, self.underway, self.emptied = "default", 0, set(), 0
+        self.current, self.pools, self.underway, self.random = "default", 0, set(), True
 
     def work(self, us: int):
         "A call that takes the device so long."
@@ -49,7 +49,6 @@ class FakeGpu:
 
     def empty_cache(self):
         if self.underway: raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
-        self.emptied += 1
 
     def graph_pool_handle(self):
         self.pools += 1
@@ -62,6 +61,7 @@ class FakeGpu:
     def set_sync_debug_mode(self, mode): self.strict = mode == "error"
 
     def _sleep(self, cycles):
+        if self.capturing: return
         self.slept.append(cycles)
         self.now += 10_000
 
@@ -82,10 +82,10 @@ class FakeGpu:
         return Graph()
 
     @contextmanager
-    def graph_context(self, graph, pool, stream):
+    def graph_context(self, graph, pool="its own", stream=None):
         "As in PyTorch 2.11: where a capture fails, its end raises, and does no more."
         self.empty_cache()
-        before, self.current = self.current, "side"
+        before, self.current, self.random = self.current, "side", False
         graph.calls, self.graph, self.capturing = [], graph, True
         self.underway.add(pool)
         try: yield
@@ -93,9 +93,9 @@ class FakeGpu:
             self.capturing = False
             if "permitted" in str(error): raise RuntimeError("failed due to a previous error during capture") from error
             self.underway.remove(pool)
-            self.current = before
+            self.current, self.random = before, True
             raise
-        self.capturing, self.current = False, before
+        self.capturing, self.current, self.random = False, before, True
         self.underway.remove(pool)
 
 
@@ -184,7 +184,8 @@ def test_a_capture_that_fails_ends_nothing_but_itself(gpu, monkeypatch, known):
     notes = [row.note for row in rows if row.us is None]
     times = [row.us for row in rows if row.impl == "good"]
     assert gpu.current == "default" and notes[0] == f"RuntimeError: {messages[0]}"
-    if known: assert times == [4.0] * 4 and notes[1:] == [f"RuntimeError: {messages[1]}"] and gpu.underway == set()
+    if known:
+        assert times == [4.0] * 4 and notes[1:] == [f"RuntimeError: {messages[1]}"] and gpu.underway == set() and gpu.random
     else: assert times == [4.0, 4.0, None] and "captures_underway" in notes[2]  # eager rows, and why there are no others
 
 

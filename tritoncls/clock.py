@@ -155,8 +155,10 @@ def captured(call: Callable[[], Any], calls: int = 1) -> Callable[[], None]:
 
 
 def end_capture(pool: tuple[int, int]) -> None:
-    "Tell the allocator that a capture is over, where PyTorch has not."
+    "Bring the allocator and the random numbers back from a capture that PyTorch has not ended."
     with suppress(AttributeError, RuntimeError): torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    with suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.cuda._sleep(1)
 
 
 def launches(call: Callable[[], Any]) -> int | None:
