@@ -6,7 +6,7 @@
 __all__ = ['Loss', 'LOSSES', 'IDS_ONLY', 'BATCHES', 'CLASSES', 'BF16', 'FP32', 'GPU_SHAPES', 'CPU_SHAPES', 'PEERS', 'SWEEP',
            'LIBRARY', 'TUNE_SHAPES', 'TUNE_BACKWARD', 'copy_work', 'installed', 'torch_hits', 'torch_loss', 'our_loss',
            'our_pass', 'liger_loss', 'quack_loss', 'quack_pass', 'Shape', 'draw', 'loss_call', 'loss_case', 'loss_ways',
-           'compile_ahead', 'loss_work', 'missing', 'tuned_shapes', 'tune_losses']
+           'loss_work', 'compile_ahead', 'missing', 'tuned_shapes', 'tune_losses']
 
 # %% ../nbs/49_workloads.ipynb #d7fc8742
 import importlib.util
@@ -159,6 +159,15 @@ def loss_ways(shape: Shape, grad: bool) -> dict[str, Loss]:
             if installed(package) and (grad or "one pass" not in name)}
 
 
+def loss_work(device: torch.device) -> Iterator[Work]:
+    "The loss with and without gradient, at each shape."
+    for shape in GPU_SHAPES if device.type == "cuda" else CPU_SHAPES:
+        for grad in (True, False):
+            yield Work("loss", *loss_case(shape, grad), {
+                name: partial(loss_call, function, shape, device, grad) for name, function in loss_ways(shape, grad).items()})
+    draw.cache_clear()
+
+# %% ../nbs/49_workloads.ipynb #90dcd83e
 def compile_ahead(shapes: Sequence[Shape], device: torch.device) -> None:
     "Compile our kernels for some shapes, many at a time, which on a machine with many cores saves most of the wait."
     def once(shape: Shape) -> None:
@@ -169,15 +178,6 @@ def compile_ahead(shapes: Sequence[Shape], device: torch.device) -> None:
     first, *others = dict.fromkeys(small)
     once(first)  # alone: it sets the compiler up
     with ThreadPoolExecutor(min(16, os.cpu_count())) as pool: list(pool.map(once, others))
-    draw.cache_clear()
-
-
-def loss_work(device: torch.device) -> Iterator[Work]:
-    "The loss with and without gradient, at each shape."
-    for shape in GPU_SHAPES if device.type == "cuda" else CPU_SHAPES:
-        for grad in (True, False):
-            yield Work("loss", *loss_case(shape, grad), {
-                name: partial(loss_call, function, shape, device, grad) for name, function in loss_ways(shape, grad).items()})
     draw.cache_clear()
 
 # %% ../nbs/49_workloads.ipynb #e0baa1e2
