@@ -435,3 +435,23 @@ def test_every_average_is_measured():
     rows = list(gpu_rows(works["efficientnet_b0 fp32"], time.monotonic() + 120))
     assert all(row.us or "no graph" in row.note for row in rows), rows
     assert {row.impl for row in rows} >= {"torch._foreach_lerp_", "tritoncls ModelEma", "tritoncls ema_blend_", "flat lerp"}
+
+
+@pytest.mark.cuda
+def test_pytorch_captures_again_after_a_capture_that_failed():
+    "In a process of its own, which is lost if this fails."
+    program = """
+import torch
+from tritoncls.clock import captured
+x = torch.zeros(8, device="cuda")
+try: captured(lambda: x.cpu())
+except RuntimeError as error: print(error)
+else: raise AssertionError("captured a copy to the host")
+assert torch.cuda.current_stream() == torch.cuda.default_stream()
+torch.cuda.empty_cache()
+torch.randn(8, device="cuda")
+captured(lambda: x.add_(1))()
+assert x.tolist() == [5] * 8  # three calls to warm up, and two replays
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0 and "captur" in done.stdout, done.stdout + done.stderr

@@ -46,7 +46,7 @@ ALL = ("ema", "step", "loss")
 CHOICES = (*ALL, "tune", "all")
 PART_SECONDS, WHOLE_SECONDS, COUNT_SECONDS = 200, 430, 25  # the last for launches
 
-# %% ../nbs/51_bench.ipynb #71e0fbed
+# %% ../nbs/51_bench.ipynb #3de120bc
 def versions() -> dict[str, str | None]:
     "What a number depends on."
     def of(package: str) -> str | None:
@@ -93,7 +93,7 @@ def in_time(left: list[str], device: torch.device) -> Iterator[list[Row]]:
         yield from measured(left[0], device, end if len(left) == 1 else min(end, time.monotonic() + PART_SECONDS))
         del left[0]
 
-# %% ../nbs/51_bench.ipynb #a1e4eaa2
+# %% ../nbs/51_bench.ipynb #3ecf19d0
 def with_launches(rows: Sequence[Row], parts: Sequence[str], device: torch.device, deadline: float) -> list[Row]:
     "The rows with the launches of their ways, as many as there is time to count."
     found: dict[tuple[str, str, str], int | None] = {}
@@ -112,7 +112,7 @@ def empty_result(device: torch.device) -> dict:  # device, driver, versions, dat
     return dict(device=device_name(device), driver=driver() if device.type == "cuda" else None, versions=versions(),
                 date=date.today().isoformat(), copy_gbps=None, rows=[])
 
-# %% ../nbs/51_bench.ipynb #ce767258
+# %% ../nbs/51_bench.ipynb #847cb8bf
 def run(
     parts: Sequence[str] = ALL,                      # "ema", "step", "loss", "tune"
     device: str = "auto",                            # "auto", "cpu", "cuda", "cuda:1"

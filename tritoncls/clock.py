@@ -49,7 +49,7 @@ class Row(NamedTuple):
 TIME_IS_UP, NO_MEMORY, WAITS = "skipped: time is up", "out of memory", "waits for the device"
 TOO_LARGE = "no cache holds it: never warm"
 
-# %% ../nbs/48_clock.ipynb #4cd8d1c7
+# %% ../nbs/48_clock.ipynb #98f08469
 def four_digits(value: float | None) -> float | None: return value and float(f"{value:.4g}")
 
 
@@ -161,7 +161,7 @@ def end_capture(pool: tuple[int, int]) -> None:
     with suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.cuda._sleep(1)
 
-# %% ../nbs/48_clock.ipynb #034b522d
+# %% ../nbs/48_clock.ipynb #adedf976
 def launches(call: Callable[[], Any]) -> int | None:
     "Kernels, copies and fills that one eager call starts; None where the profiler cannot see them."
     os.environ.setdefault("TEARDOWN_CUPTI", "0")  # as PyTorch has it where graphs and its profiler meet

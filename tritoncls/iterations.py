@@ -46,7 +46,7 @@ NETWORKS = {
         "589824x18 768000 1179648 2359296x6", 0, 249),
     "vit_large": Network("1000 1024x148 3072x24 4096x24 201728 786432 1024000 1048576x24 3145728x24 4194304x48", 0, 540)}
 
-# %% ../nbs/50_iterations.ipynb #75ce10c7
+# %% ../nbs/50_iterations.ipynb #1bedefd3
 def sizes(network: Network) -> list[int]:
     "Elements of each floating tensor."
     pairs = (map(int, f"{entry}x1".split("x")[:2]) for entry in network.floating.split())
@@ -99,7 +99,7 @@ def per_tensor(ema: Ema) -> None:
 
 def our_function(ema: Ema) -> None: ema_blend_(ema.shadows + ema.copies, ema.params + ema.counters, 1 - MOMENTUM)
 
-# %% ../nbs/50_iterations.ipynb #7bfa71ae
+# %% ../nbs/50_iterations.ipynb #de227bb9
 def updates(update: Callable[[Ema], None], model: nn.Module) -> Callable[[], Any]: return partial(update, average_of(model))
 
 

@@ -167,7 +167,7 @@ def loss_work(device: torch.device) -> Iterator[Work]:
                 name: partial(loss_call, function, shape, device, grad) for name, function in loss_ways(shape, grad).items()})
     draw.cache_clear()
 
-# %% ../nbs/49_workloads.ipynb #90dcd83e
+# %% ../nbs/49_workloads.ipynb #af56cdce
 def compile_ahead(shapes: Sequence[Shape], device: torch.device) -> None:
     "Compile our kernels for some shapes, many at a time, which on a machine with many cores saves most of the wait."
     def once(shape: Shape) -> None:

@@ -137,7 +137,7 @@ def narrowest(found: Sequence[Access], large: frozenset[str], aligned: dict[str,
     widths = lambda way: sorted((a.bits for a in found if a.way == way and LOADED in a.on), reverse=True)
     return min(widths(way)[count - 1] for way, count in aligned.items())
 
-# %% ../../nbs/19_inspect.ipynb #6e74b26b
+# %% ../../nbs/19_inspect.ipynb #251f9494
 def plan_text(launch: Launch) -> str:
     "How the work is divided, in words."
     size, warps = launch.arguments, f"{launch.options['num_warps']} warps"
