@@ -5,7 +5,7 @@ import sys
 
 ALONE = ("runtime", "kernels.rows", "kernels.rank", "kernels.cross_entropy", "kernels.binary_cross_entropy",
          "kernels.rounding", "kernels.multi_tensor", "kernels.ema_blend", "kernels.machine_code", "kernels.inspect", "registry",
-         "losses", "ema", "clock", "workloads", "bench")
+         "losses", "ema", "clock", "workloads", "iterations", "bench")
 
 
 def python(code: str) -> str:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from tritoncls.kernels import inspect
-from tritoncls.kernels.machine_code import LOADED, Access
+from tritoncls.kernels.machine_code import LOADED, Access, Launch
 from tritoncls.runtime import UserError
 
 triton = pytest.importorskip("triton")
@@ -67,8 +67,22 @@ except ValueError as error: print(error)
 def test_a_logit_looked_up_is_not_a_tile_but_a_narrow_tile_is():
     lookup, tile = Access("ld", 16, frozenset(["x_ptr", LOADED])), Access("ld", 128, frozenset(["x_ptr"]))
     large = frozenset(["x_ptr", "dx_ptr"])
-    assert inspect.narrowest([lookup, tile, Access("st", 32, frozenset(["lse_ptr"]))], large) == 128
-    assert inspect.narrowest([lookup, tile, Access("st", 32, frozenset(["dx_ptr"]))], large) == 32
+    assert inspect.narrowest([lookup, tile, Access("st", 32, frozenset(["lse_ptr"]))], large, {}) == 128
+    assert inspect.narrowest([lookup, tile, Access("st", 32, frozenset(["dx_ptr"]))], large, {}) == 32
+
+
+def test_one_narrow_access_in_an_aligned_branch_of_the_average_is_seen():
+    import triton.language as tl
+    sizes = dict(CHUNK=4096, K=2, ROUND="nearest", E_TYPE=tl.float32)
+    aligned = inspect.aligned_accesses(Launch(None, sizes, dict(num_warps=4)), threads=32)
+    # 32 elements a thread, in three branches: two shadows of 4 bytes, and parameters of 4, 2 and 2
+    assert aligned == {"ld": 3 * 2 * 8 + 8 + 4 + 4, "st": 3 * 2 * 8}
+    access = lambda way, bits, count: [Access(way, bits, frozenset([LOADED]))] * count
+    unaligned = [*access("ld", 16, 64), *access("ld", 64, 4), *access("st", 32, 192)]
+    whole = [*unaligned, *access("ld", 128, aligned["ld"]), *access("st", 128, aligned["st"])]
+    assert inspect.narrowest(whole, frozenset([LOADED]), aligned) == 128
+    assert inspect.narrowest(whole[:-1], frozenset([LOADED]), aligned) == 32
+    assert inspect.narrowest([a for a in whole if (a.way, a.bits) != ("ld", 128)], frozenset([LOADED]), aligned) == 16
 
 
 def test_what_was_compiled_is_kept_until_the_source_changes(tmp_path, monkeypatch):
@@ -99,7 +113,9 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsy
     assert "8192x1000 ids" in capsys.readouterr().out
     inspect.print_report([], file)
     assert [made["target"] for made in json.loads(file.read_text())] == ["sm_80", "sm_90", "sm_100", "gfx942"]
-    with pytest.raises(UserError, match="--json"): inspect.print_report(["sm_90"], tmp_path)
+    monkeypatch.setattr(inspect, "report", lambda targets: pytest.fail("compiled before the path was tried"))
+    for path in (tmp_path, tmp_path / "absent" / "kernels.json"):
+        with pytest.raises(UserError, match="--json"): inspect.print_report(["sm_90"], path)
 
 
 def test_a_kernel_that_does_not_compile_is_named():

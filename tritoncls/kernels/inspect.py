@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BF16', 'FP32', 'LOSSES', 'LOSS_SHAPES', 'RESNET50', 'BANDWIDTH', 'PROCESSES', 'COLUMNS', 'Case', 'loss_calls',
-           'loss_cases', 'ema_cases', 'least_us', 'narrowest', 'plan_text', 'kernel_rows', 'compile_part',
-           'compile_all', 'cache_file', 'report', 'keep', 'kernel_table', 'print_report']
+           'loss_cases', 'ema_cases', 'least_us', 'aligned_accesses', 'narrowest', 'plan_text', 'kernel_rows',
+           'compile_part', 'compile_all', 'cache_file', 'report', 'keep', 'kernel_table', 'print_report']
 
 # %% ../../nbs/19_inspect.ipynb #54d1f9f7
 import hashlib
@@ -119,13 +119,25 @@ def least_us(
     return {device: round(moved / bandwidth / 1e6, 2) for device, bandwidth in BANDWIDTH.items()}
 
 # %% ../../nbs/19_inspect.ipynb #53a6181c
-def narrowest(found: Sequence[Access], large: frozenset[str]) -> int:
+def aligned_accesses(
+    launch: Launch,          # of the moving average
+    threads: int,            # of a warp
+) -> dict[str, int]:         # "ld" and "st" -> accesses of 16 bytes
+    "How many a thread needs, all branches for aligned chunks together."
+    size = launch.arguments
+    elements = size["CHUNK"] // (launch.options["num_warps"] * threads)
+    shadows = size["K"] * (1 + (size["ROUND"] == "compensated")) * size["E_TYPE"].primitive_bitwidth // 8
+    stores = 3 * shadows * elements // 16
+    return {"ld": stores + (4 + 2 + 2) * elements // 16, "st": stores}
+
+
+def narrowest(found: Sequence[Access], large: frozenset[str], aligned: dict[str, int]) -> int:
     "Bits of the narrowest access to the large operands."
-    if LOADED in large:
-        return min(max(a.bits for a in found if a.way == way and LOADED in a.on) for way in ("ld", "st"))
-    return min(a.bits for a in found if a.on & large and LOADED not in a.on)
+    if LOADED not in large: return min(a.bits for a in found if a.on & large and LOADED not in a.on)
+    widths = lambda way: sorted((a.bits for a in found if a.way == way and LOADED in a.on), reverse=True)
+    return min(widths(way)[count - 1] for way, count in aligned.items())
 
-
+# %% ../../nbs/19_inspect.ipynb #251f9494
 def plan_text(launch: Launch) -> str:
     "How the work is divided, in words."
     size, warps = launch.arguments, f"{launch.options['num_warps']} warps"
@@ -136,11 +148,13 @@ def plan_text(launch: Launch) -> str:
 
 def kernel_rows(case: Case, target: str) -> Iterator[dict]:
     "Compile what a case launches."
-    for launch in record_launches(case.call, TARGETS[target][0]):
+    backend, _, threads = TARGETS[target]
+    for launch in record_launches(case.call, backend):
         if case.large.isdisjoint({LOADED, *launch.arguments}): continue  # a few numbers for the kernel that comes next
         compiled, names = compile_launch(launch, target)
+        aligned = aligned_accesses(launch, threads) if LOADED in case.large else {}
         yield dict(kernel=case.kernel, plan=plan_text(launch), shape=case.shape, dtype=case.dtype, **resources(compiled),
-                   narrowest_bits=narrowest(accesses(compiled, names), case.large),
+                   narrowest_bits=narrowest(accesses(compiled, names), case.large, aligned),
                    bytes_per_element=case.bytes_per_element, least_us=least_us(case.elements * case.bytes_per_element))
 
 # %% ../../nbs/19_inspect.ipynb #f4025a71
@@ -225,11 +239,13 @@ def kernel_table(
 
 def print_report(
     targets: Sequence[str] = (),   # none: all of them
-    file: Path | None = None,      # also write JSON there: an object for one target, a list for several
+    file: Path | None = None,      # also write JSON there: an object for one target; for several, a list of such objects
 ) -> None:
     "What `tritoncls kernels` does."
+    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):  # said before minutes of compiling
+        raise UserError(f"--json {str(file)!r}: cannot write there")
     made = report(targets or tuple(TARGETS))
     if file is not None:
-        try: Path(file).write_text(json.dumps(made[0] if len(made) == 1 else made, indent=1) + "\n", encoding="utf-8")
+        try: file.write_text(json.dumps(made[0] if len(made) == 1 else made, indent=1) + "\n", encoding="utf-8")
         except OSError as error: raise UserError(f"--json {str(file)!r}: cannot write there: {error}") from None
     print("\n\n".join(map(kernel_table, made)))
