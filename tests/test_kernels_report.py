@@ -53,9 +53,9 @@ import torch
 from tritoncls.kernels import inspect
 from tritoncls.kernels.machine_code import compile_launch, record_launches
 case = next(case for case in inspect.loss_cases() if case.shape.startswith("8192x16384"))
-for backend in ("cuda", "hip"): [launch] = record_launches(case.call, backend); print(launch.options)
+for backend in ("cuda", "hip"): *_, launch = record_launches(case.call, backend); print(launch.options)
 assert torch.version.hip is None or torch.version.hip != "recorded"
-[launch] = record_launches(case.call, "cuda")
+*_, launch = record_launches(case.call, "cuda")
 try: compile_launch(launch, "gfx942")
 except ValueError as error: print(error)
 """)
