@@ -50,9 +50,9 @@ from tritoncls.kernels import inspect
 from tritoncls.kernels.machine_code import LOADED, TARGETS, accesses, compile_launch, record_launches
 for case in inspect.loss_cases():
     if "x1001 " not in case.shape and "x21841 ids" not in case.shape: continue
-    for launch in record_launches(case.call, TARGETS[{target!r}][0]):
-        found = accesses(*compile_launch(launch, {target!r}))
-        print(json.dumps([a.bits for a in found if a.way == "ld" and "x_ptr" in a.on and LOADED not in a.on]))
+    *_, launch = record_launches(case.call, TARGETS[{target!r}][0])
+    found = accesses(*compile_launch(launch, {target!r}))
+    print(json.dumps([a.bits for a in found if a.way == "ld" and "x_ptr" in a.on and LOADED not in a.on]))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=280,
                           env={**os.environ, "TRITON_INTERPRET": "0"})
