@@ -202,7 +202,7 @@ class ClsTrainer(BaseTrainer):
         "One batch: through the model, into the gradient, and perhaps a step."
         began = time.perf_counter()
         batch = self._next_batch()
-        samples, target = self.preprocess(*batch, self.mixing_rng())
+        samples, target = self.preprocess(*batch, self.mixing_rng() if self.preprocess.mixes else None)
         loaded = time.perf_counter()
         self.meter.update(self.model_step(samples, target))
         self.meter.update(data_time=loaded - began, train_time=time.perf_counter() - loaded)

@@ -269,7 +269,7 @@ def blend_rest_(plan: Plan, alpha, found_inf: torch.Tensor | None, seed: int | N
             elif plan.compensation or seed is not None or not on_cpu:
                 c = plan.compensation[k][i] if plan.compensation else None
                 ema_blend_reference(e, p, a, c, None if seed is None else seed + k, plan.first[i])
-            else: plain.append((e, p.to(e.dtype)))
+            else: plain.append((e, p if p.dtype == e.dtype else p.to(e.dtype)))
         if not plain: continue
         es, ps = map(list, zip(*plain, strict=True))
         if a == 1: torch._foreach_copy_(es, ps)
