@@ -303,11 +303,11 @@ class Preprocess(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | MixedTarget]:  # (N, C, H, W) fp32 and the target, on the device
         "Move a batch to the device, normalise it there, and mix it where the configuration says so."
         self.check(images, target)
-        return self.on_device(images, target, None if rng is None else self.draw(images, rng))
+        return self.on_device(images, target, self.draw(images, rng))
 
-    def draw(self, images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor | None:  # (7, N) fp32 on the host
-        "The numbers of a batch's `Mixing`; None if the configuration mixes nothing."
-        if not self.mixes: return None
+    def draw(self, images: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor | None:  # (7, N) fp32 on the host
+        "The numbers of a batch's `Mixing`; None if nothing is mixed."
+        if rng is None or not self.mixes: return None
         how = draw_mixing(len(images), images.shape[-2:], self.mixup, rng)
         numbers = torch.from_numpy(np.stack(how).astype(np.float32))
         return numbers.pin_memory() if self.mean.is_cuda else numbers

@@ -270,7 +270,7 @@ def follow(ema: ModelEma, name: str, e: torch.Tensor, p: torch.Tensor) -> None:
     if e.device == device and (e.stride() == p.stride() or not is_dense(p)): return
     e.data = torch.empty_like(p, dtype=e.dtype, device=device).copy_(e)
 
-
+# %% ../nbs/22_ema.ipynb #4374fe85
 def followed(ema: ModelEma, params: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     "The shadows of the parameters, and all that belongs to them, where they should be."
     pairs = dict(zip(params, matched(ema, params), strict=True))

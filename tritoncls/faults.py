@@ -40,7 +40,7 @@ ASK_EVERY = 5  # iterations between the questions that several processes ask eac
 class Preempted(SystemExit):
     "The run was told to leave, and has saved where it stood; its code is 143."
 
-
+# %% ../nbs/47_faults.ipynb #3d1ff4b3
 class PreemptionHook(BaseHook):
     "On SIGTERM: saves after the optimizer step, and ends the program."
     def __init__(self, cfg: Config):
@@ -55,22 +55,28 @@ class PreemptionHook(BaseHook):
     def after_iter(self) -> None:
         t, p = self.trainer, self.trainer.progress
         if t.world_size == 1: self.leaving = self.asked
-        elif p.iter % ASK_EVERY == 0: self.leaving |= self.someone_was_asked()
+        elif p.iter % ASK_EVERY == 0:
+            self.leaving |= self.someone_was_asked()
+            self.tell()
         if not self.leaving or not micro_batch(p.iter, p.max_iter, t.cfg.solver.accumulation_steps)[1]: return
         t.seconds += time.perf_counter() - t._epoch_began
         self.leave(p.epoch - 1, p.iter)
 
     def after_epoch(self) -> None:
-        self.someone_was_asked()
+        self.tell()
         if self.someone_was_asked(): self.leave(self.trainer.progress.epoch, 0)
 
-    def someone_was_asked(self) -> bool:
-        "Whether a process had been asked when this was called last; the same answer in every process."
-        before, flag = self.flag, torch.tensor([float(self.asked)]).to(self.trainer.device, non_blocking=True)
+    def tell(self) -> None:
+        "Begin to tell the other processes whether this one has been asked."
+        flag = torch.tensor([float(self.asked)]).to(self.trainer.device, non_blocking=True)
         self.flag = to_host(mean_over_processes(flag))
-        if before is None: return False
-        if before[1]: before[1].synchronize()
-        return before[0].item() > 0
+
+    def someone_was_asked(self) -> bool:
+        "Whether a process had been asked when all told each other last; the same answer in every process."
+        if self.flag is None: return False
+        share, arrived = self.flag
+        if arrived: arrived.synchronize()
+        return share.item() > 0
 
     def leave(self, epochs: int, iterations: int) -> None:
         save_trainer(self.trainer, [self.path], epochs, iterations)

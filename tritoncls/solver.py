@@ -31,10 +31,9 @@ def _clip_value(params, clip):
 
 def _clip_adaptive(params, clip):
     from timm.utils.agc import adaptive_clip_grad
-    whole, sharded = ([p for p in params if (local(p) is p) == is_whole] for is_whole in (True, False))
-    adaptive_clip_grad(whole, clip.factor)
-    for p in sharded:
-        if p.grad is None: continue
+    adaptive_clip_grad([p for p in params if local(p) is p], clip.factor)
+    for p in params:
+        if local(p) is p or p.grad is None: continue
         rows = p.ndim > 1  # of which each process has some, and each row is a unit
         part = nn.Parameter(local(p.detach()) if rows else p.detach().full_tensor(), requires_grad=False)
         part.grad = local(p.grad) if rows else p.grad.full_tensor()

@@ -202,13 +202,14 @@ class ClsTrainer(BaseTrainer):
         "One batch: through the model, into the gradient, and perhaps a step."
         began = time.perf_counter()
         batch = self._next_batch()
-        samples, target = self.preprocess(*batch, self.mixing_rng() if self.preprocess.mixes else None)
+        samples, target = self.preprocess(*batch, self.mixing_rng())
         loaded = time.perf_counter()
         self.meter.update(self.model_step(samples, target))
         self.meter.update(data_time=loaded - began, train_time=time.perf_counter() - loaded)
 
-    def mixing_rng(self) -> np.random.Generator:
-        "What mixes this iteration's images."
+    def mixing_rng(self) -> np.random.Generator | None:
+        "What mixes this iteration's images; None if nothing does."
+        if not self.preprocess.mixes: return None
         return np.random.default_rng((self.cfg.seed, self.rank, self.progress.epoch, self.progress.iter))
 
     def forward(self, samples: torch.Tensor, target: Target) -> tuple[Any, torch.Tensor]:
