@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'Place', 'rng_state', 'set_rng_state', 'steps_each', 'images_per_iter', 'trainer_state', 'previous',
-           'resumable', 'way_on', 'replace', 'save_checkpoint', 'save_trainer', 'finish_saving', 'read_checkpoint',
-           'load_checkpoint', 'leaves', 'changed_keys', 'shortened', 'load_parts', 'own_tensor', 'share_place',
-           'shared_out', 'iterations_done', 'restore', 'save_weights', 'prediction_metadata', 'load_weights',
-           'weights_metadata', 'merge_weights']
+           'resumable', 'way_on', 'replace', 'save_checkpoint', 'NotFinite', 'not_finite', 'vital', 'is_finite',
+           'check_finite', 'save_trainer', 'finish_saving', 'read_checkpoint', 'load_checkpoint', 'leaves',
+           'changed_keys', 'shortened', 'load_parts', 'own_tensor', 'share_place', 'shared_out', 'iterations_done',
+           'restore', 'save_weights', 'prediction_metadata', 'load_weights', 'weights_metadata', 'merge_weights']
 
 # %% ../nbs/41_checkpoint.ipynb #11adec48
 import json
@@ -17,7 +17,7 @@ import random
 import shlex
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,13 @@ from torch import nn
 
 from .config import Config, dump_yaml, read_yaml
 from .distributed import from_first, is_sharded
+from .ema import local
 from .files import remove, second_name, write_atomically
 from .logs import LATEST
-from .runtime import UserError, unwrapped
-from .sharded import Route, read_sharded, replaced, save_sharded
+from .meters import mean_over_processes
+from .optimizers import few
+from .runtime import UserError, bare, unwrapped
+from .sharded import Route, read_sharded, replaced, save_sharded, tensors_of
 from .trainer import ClsTrainer, steps_per_epoch
 
 # %% ../nbs/41_checkpoint.ipynb #7a0e8ba6
@@ -95,7 +98,7 @@ def way_on(folder: Path) -> str:
     file = resumable(folder)
     return f"--resume output_dir={shlex.quote(str(folder))} goes on from {file}" if file else ""
 
-# %% ../nbs/41_checkpoint.ipynb #e092dd83
+# %% ../nbs/41_checkpoint.ipynb #929de9dd
 def replace(path: Path, name: Path) -> None:
     "Rename a file or folder; what has the name goes."
     if path.is_dir() or name.is_dir(): remove(name)
@@ -119,6 +122,42 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     finally:
         aside.unlink(missing_ok=True)
 
+# %% ../nbs/41_checkpoint.ipynb #ce07728b
+class NotFinite(RuntimeError):
+    "The numbers of a run are lost: they are inf or NaN."
+
+
+def not_finite(
+    lost: str,       # what is inf or NaN
+    folder: Path,    # of the run
+) -> NotFinite:
+    "The error that ends the run, and what to do."
+    advice = "without a change, such as a smaller solver.basic_lr, it would end the same way"
+    return NotFinite("; ".join([lost, *([way, advice] if (way := way_on(folder)) else [])]))
+
+# %% ../nbs/41_checkpoint.ipynb #1022910e
+def vital(trainer: ClsTrainer, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    "The tensors without which a run cannot go on, and what to call them."
+    for part, module in {"model": trainer.model, "average": trainer.ema and trainer.ema.module}.items():
+        if module is None: continue
+        statistics = ((name, b) for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var")))
+        for name, tensor in (*module.named_parameters(), *statistics): yield f"{part}.{bare(name)}", tensor
+    for name, tensor in tensors_of(state["solver"]).items(): yield f"solver/{name}", tensor
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    "Whether there is no inf or NaN in it, or in what this process has of it."
+    try: return bool(local(tensor.detach()).isfinite().all())
+    except NotImplementedError: return True  # 8-bit types, and others that PyTorch cannot compare
+
+
+def check_finite(trainer: ClsTrainer, state: dict[str, Any], folder: Path) -> None:
+    "Raise `NotFinite`, in all processes, if a state should not be saved."
+    lost = [name for name, tensor in vital(trainer, state) if not is_finite(tensor)]
+    if not mean_over_processes(torch.tensor([float(len(lost))], device=trainer.device)).item(): return
+    after = f"epoch {state['epoch']}" + f" and {state['iter']} iterations" * bool(state["iter"])
+    raise not_finite(f"after {after} there is inf or NaN in {few(lost) or 'another process'}, which is not saved", folder)
+
 # %% ../nbs/41_checkpoint.ipynb #9483b06e
 def save_trainer(
     trainer: ClsTrainer,
@@ -129,6 +168,7 @@ def save_trainer(
     "Save a run under one or more names."
     finish_saving(trainer)
     state = trainer_state(trainer, epoch, iter)
+    check_finite(trainer, state, paths[0].parent)
     if is_sharded(trainer.model): trainer.saving = save_sharded([(path, previous(path)) for path in paths], state)
     elif trainer.rank == 0:
         for path in paths: save_checkpoint(path, state)

@@ -34,7 +34,7 @@ from .config import Config, Section, dotted_keys, dump_yaml, load_config
 from .data import build_dataloaders
 from .distributed import from_first, own_device, parallel, process_group, recorded, restarts
 from .evaluate import Accuracy, evaluate, per_class_accuracy, plot_confusion
-from .faults import FAILED, MISTAKE, failure_line, interruptible, watched
+from .faults import FAILED, MISTAKE, failure_line, going_on, interruptible, watched
 from .files import Locked, locked, write_text
 from .hooks import CONFIG, LATEST, LOG, output_folder
 from .kernels.inspect import print_report
@@ -204,9 +204,10 @@ def train_in_folder(
     resume: bool = False,    # go on from the checkpoint in output_dir
 ) -> BaseTrainer:            # after training
     "Train in the folder that the run has."
-    trainer = build_trainer(cfg, resume)
-    if rank() == 0: open_folder(cfg)
-    trainer.train()
+    with going_on(output_folder(cfg)):
+        trainer = build_trainer(cfg, resume)
+        if rank() == 0: open_folder(cfg)
+        trainer.train()
     return trainer
 
 

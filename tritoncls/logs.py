@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .config import Config
+from .files import not_written
 from .meters import Instant, Meter, Reading
 from .runtime import UserError
 
@@ -165,7 +166,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
     "Write one line of JSON."
     try:
         with path.open("a", encoding="utf-8") as file: file.write(json.dumps(plain(record), allow_nan=False) + "\n")
-    except OSError as error: raise OSError(f"{path} could not be written: {error}") from error
+    except OSError as error: raise not_written(path, error) from error
 
 
 def end_last_line(path: Path) -> None:
