@@ -198,7 +198,7 @@ def build_trainer(
     listening = watched(cfg, hooks(cfg, test_loader, resume))
     return traced(trainer(cfg, model, train_loader, solver, listening, **(shares if world_size() > 1 else {})))
 
-
+# %% ../nbs/52_cli.ipynb #258c4c39
 def train_in_folder(
     cfg: Config,             # output_dir set, and ours
     resume: bool = False,    # go on from the checkpoint in output_dir

@@ -97,7 +97,7 @@ def reason(error: BaseException) -> str:
     "The kind of error, and its first line."
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
-
+# %% ../nbs/35_sharded.ipynb #01678190
 def save_sharded(
     names: Sequence[tuple[Path, Path | None]],   # as `give_names` has them
     state: dict[str, Any],                       # tensors, DTensors and plain values
