@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tritoncls.kernels.binary_cross_entropy import BinaryOptions, binary_cross_entropy_reference
 from tritoncls.kernels.cross_entropy import Options, cross_entropy_reference
-from tritoncls.losses import MixedTarget, binary_cross_entropy, cross_entropy, topk_correct
+from tritoncls.losses import (
+    MixedTarget, binary_cross_entropy, binary_cross_entropy_and_grad, cross_entropy, cross_entropy_and_grad, topk_correct)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in the interpreter")
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -58,6 +59,10 @@ LOSSES = [  # ours, the formula, its options
     pytest.param(cross_entropy, cross_entropy_reference, Options, id="cross_entropy"),
     pytest.param(binary_cross_entropy, binary_cross_entropy_reference, BinaryOptions, id="binary_cross_entropy")]
 
+BOTH = [  # ours with its gradient, the formula, its options
+    pytest.param(cross_entropy_and_grad, cross_entropy_reference, Options, id="cross_entropy"),
+    pytest.param(binary_cross_entropy_and_grad, binary_cross_entropy_reference, BinaryOptions, id="binary_cross_entropy")]
+
 
 @pytest.mark.parametrize(("loss", "reference", "options"), LOSSES)
 @settings(max_examples=120, deadline=None)
@@ -91,6 +96,31 @@ def test_counts_are_those_of_torchmetrics():
     x, y = torch.randn(500, 20, generator=gen), torch.randint(0, 20, (500,), generator=gen)
     want = [multiclass_accuracy(x, y, num_classes=20, average="micro", top_k=k).item() for k in (1, 5)]
     assert [n / 500 for n in topk_correct(x, y).tolist()] == pytest.approx(want)
+
+
+WIDTHS = (3, 10, 300, 1001, 8192)
+
+
+@pytest.mark.parametrize("kind", ["ids", "mixed", "dense"])
+@pytest.mark.parametrize("C", WIDTHS)
+@pytest.mark.parametrize(("both", "reference", "options"), BOTH)
+def test_the_gradient_may_be_written_over_the_logits(both, reference, options, C, kind):
+    "Of few rows of 8192 classes, several programs share each; none may read a target's logit that another has overwritten."
+    gen = torch.Generator().manual_seed(C)
+    x, y = torch.randn(2, C, generator=gen), torch.randint(0, C, (2, 2), generator=gen)
+    target = {"ids": y[0], "mixed": MixedTarget(y[0], y[1], 0.3), "dense": torch.rand(2, C, generator=gen)}[kind]
+    chosen = dict(label_smoothing=0.1, reduction="sum")
+    exact = gradient(lambda x: reference(x, doubled(target), options(**chosen)), x.double())
+    order = x.sort(dim=1, descending=True, stable=True).indices
+    places = lambda y: (order == y[:, None]).int().argmax(1)
+    ranks = {"ids": lambda: places(y[0]), "mixed": lambda: torch.stack([places(y[0]), places(y[1])], 1),
+             "dense": lambda: places(target.argmax(1))}[kind]()
+    for backend in ("torch", "triton"):
+        logits = x.clone()
+        out, dx = both(logits, target, **chosen, inplace=True, return_rank=True, backend=backend)
+        assert dx.data_ptr() == logits.data_ptr() and out.rank.tolist() == ranks.tolist()
+        close(out.loss, exact[0], torch.float32)
+        close(logits, exact[1], torch.float32)
 
 
 @pytest.mark.slow

@@ -293,7 +293,8 @@ def launch_binary(logits, parts, options, results, scale=None, dx=None):
     "Launch the forward kernel; with `dx`, which may be the logits, it makes the gradient too."
     x, (loss, correct, counts, rank) = rows_contiguous(logits), results
     plain = dx is None and options.weight is None and options.pos_weight is None
-    plan = plan_rows(len(x), row_layout(x)[0], TILES if plain else HALF_TILES, split=parts.kind != "dense")
+    split = parts.kind != "dense" and dx is not x  # or one program could overwrite the target's logit before another reads it
+    plan = plan_rows(len(x), row_layout(x)[0], TILES if plain else HALF_TILES, split=split)
     launch_rows(
         binary_cross_entropy_kernel, x, parts,
         (options.weight, options.pos_weight, loss, correct, counts, rank, scale, dx),
