@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,6 +122,30 @@ def test_the_gradient_may_be_written_over_the_logits(both, reference, options, C
         assert dx.data_ptr() == logits.data_ptr() and out.rank.tolist() == ranks.tolist()
         close(out.loss, exact[0], torch.float32)
         close(logits, exact[1], torch.float32)
+
+
+def torch_cross_entropy(x, target, weight): return F.cross_entropy(x, target, weight, label_smoothing=0.1)
+
+
+def torch_binary_cross_entropy(x, target, weight):
+    return F.binary_cross_entropy_with_logits(x, 0.9 * target + 0.1 / x.shape[1], weight)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("target_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("dtype", "backend"), [
+    (torch.float64, "torch"), (torch.float32, "torch"), (torch.float32, "triton"), (torch.bfloat16, "torch")])
+@pytest.mark.parametrize(("loss", "exact"), [
+    (cross_entropy, torch_cross_entropy), (binary_cross_entropy, torch_binary_cross_entropy)])
+def test_a_target_of_fewer_bits_costs_the_loss_no_digit(loss, exact, dtype, backend, target_dtype, weighted):
+    gen = torch.Generator().manual_seed(0)
+    x, target = torch.randn(4, 3, generator=gen).to(dtype), torch.rand(4, 3, generator=gen).to(target_dtype)
+    weight = torch.rand(3, generator=gen).to(target_dtype) if weighted else None
+    want = gradient(lambda x: exact(x, target.double(), None if weight is None else weight.double()), x.double())
+    got = gradient(lambda x: loss(x, target, weight=weight, label_smoothing=0.1, backend=backend).loss, x)
+    eps = 2**-23 if dtype != torch.float64 else 2**-52
+    torch.testing.assert_close(got[0].double(), want[0], rtol=4 * eps, atol=0)
+    torch.testing.assert_close(got[1].double(), want[1], rtol=EPS.get(dtype, 0) + 8 * eps, atol=4 * eps)
 
 
 @pytest.mark.slow

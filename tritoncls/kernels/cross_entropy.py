@@ -422,7 +422,7 @@ def block_torch(x, parts, options, weight, scale, z, with_gradient):
         mass, dot = mass + c, dot + z_y
 
     spread = off if weight is None else off * weight                              # (), (C,) or (R, C)
-    if parts.dense is not None: spread = (parts.dense * on + off) * (1 if weight is None else weight)
+    if parts.dense is not None: spread = (parts.dense.to(scale.dtype) * on + off) * (1 if weight is None else weight)
     if isinstance(spread, torch.Tensor):
         mass = mass + spread.sum(-1, keepdim=True)
         dot = dot + torch.where(spread == 0, 0.0, spread * z).sum(1, keepdim=True)
