@@ -13,6 +13,7 @@ from tritoncls.kernels.binary_cross_entropy import BinaryOptions, binary_cross_e
 from tritoncls.kernels.cross_entropy import Options, cross_entropy_reference
 from tritoncls.losses import (
     MixedTarget, binary_cross_entropy, binary_cross_entropy_and_grad, cross_entropy, cross_entropy_and_grad, topk_correct)
+from tritoncls.runtime import UserError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in the interpreter")
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -146,6 +147,51 @@ def test_a_target_of_fewer_bits_costs_the_loss_no_digit(loss, exact, dtype, back
     eps = 2**-23 if dtype != torch.float64 else 2**-52
     torch.testing.assert_close(got[0].double(), want[0], rtol=4 * eps, atol=0)
     torch.testing.assert_close(got[1].double(), want[1], rtol=EPS.get(dtype, 0) + 8 * eps, atol=4 * eps)
+
+
+BEYOND = (2**32 + 3, 2**32 - 100, -2**32 + 3, 2**63 - 1, -2**63, 7, -7)  # of seven classes
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("loss", [cross_entropy, binary_cross_entropy])
+def test_no_class_id_is_cut_to_fewer_bits(loss, backend):
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(len(BEYOND) + 2, 7, generator=gen)
+    y = torch.tensor([*BEYOND, 3, 0])
+    for row, bad in enumerate(BEYOND):
+        target = torch.tensor([3] * row + [bad] + [3] * (8 - row))
+        with pytest.raises(UserError, match=rf"target\[{row}\] = {bad} is not a class id"): loss(x, target, backend=backend)
+        with pytest.raises(UserError, match=rf"target.y2\[{row}\] = {bad} is not a class id"):
+            loss(x, MixedTarget(y[-2:].repeat(5)[:9], target, 0.3), backend=backend)
+        with pytest.raises(UserError, match="is not a class id"): topk_correct(x, target, backend=backend)
+    unchecked = torch.compile(lambda x, y: loss(x, y, reduction="none", return_rank=True, backend=backend), backend="aot_eager")
+    for target in (y, MixedTarget(y, y.flip(0), torch.tensor(0.3)), MixedTarget(y.flip(0), y, torch.tensor(0.3))):
+        known = [False] * len(BEYOND) + [True, True]
+        rows = known if target is y else [a and b for a, b in zip(known, known[::-1], strict=True)]
+        logits = x.clone().requires_grad_()
+        out = unchecked(logits, target)
+        out.loss.nan_to_num().sum().backward()
+        assert out.loss.reshape(9, -1).isfinite().all(1).tolist() == rows
+        assert logits.grad.isfinite().all(1).tolist() == rows
+        places = out.rank if target is y else out.rank[:, 0 if target.y1 is y else 1]
+        assert places.tolist()[:len(BEYOND)] == [7] * len(BEYOND) and max(places.tolist()[len(BEYOND):]) < 7
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_class_ids_may_be_of_any_integer_type(dtype, backend):
+    "With 300 classes and 100, more and fewer than a byte can tell apart; 156 is what is left of -100 in a byte."
+    gen = torch.Generator().manual_seed(0)
+    for C, ignored in ((300, -100), (300, 2**32 + 3), (100, 3), (256, -100))[:1 if backend == "triton" else None]:
+        x, y = torch.randn(9, C, generator=gen), torch.randint(0, min(C, 128), (9,), generator=gen)
+        y[0], y[1] = 3, 156 if dtype != torch.int8 and C > 156 else 5
+        out = cross_entropy(x, y.to(dtype), ignore_index=ignored, reduction="none", return_rank=True, backend=backend)
+        want = F.cross_entropy(x, y, ignore_index=ignored, reduction="none")
+        torch.testing.assert_close(out.loss, want, rtol=1e-6, atol=1e-6)
+        rank = (x.sort(dim=1, descending=True, stable=True).indices == y[:, None]).int().argmax(1)
+        assert out.rank.tolist() == rank.where(y != ignored, C).tolist() and out.n_valid.item() == (y != ignored).sum().item()
+        want = F.binary_cross_entropy_with_logits(x, F.one_hot(y, C).float())
+        torch.testing.assert_close(binary_cross_entropy(x, y.to(dtype), backend=backend).loss, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow
