@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tritoncls.ema import ModelEma, ema_blend_, update_emas
+from tritoncls.kernels.rounding import join_halves_reference, split_halves_reference
 from tritoncls.losses import (
     MixedTarget, binary_cross_entropy, binary_cross_entropy_and_grad, cross_entropy, cross_entropy_and_grad, pad_classifier,
     topk_correct)
@@ -172,12 +173,24 @@ def test_16_bit_shadows_are_rounded_as_the_reference_rounds(dtype, K):
     gen = torch.Generator("cuda").manual_seed(0)
     draws = lambda dtype: [torch.randn(n, generator=gen, device="cuda").to(dtype) for n in (7, 4096, 100_003)]
     shadows, params = [draws(dtype) for _ in range(K)], draws(torch.float32)
-    for options in (dict(seed=5), dict(compensation=[[torch.zeros_like(e) for e in es] for es in shadows])):
-        got, want = ([[e.clone() for e in es] for es in shadows] for _ in range(2))
-        ema_blend_(got, params, 0.3, backend="triton", **options)
-        for cs in options.get("compensation", ()): [c.zero_() for c in cs]
-        ema_blend_(want, params, 0.3, backend="torch", **options)
-        assert all(torch.equal(a, b) for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True))
+    got, want = ([[e.clone() for e in es] for es in shadows] for _ in range(2))
+    ema_blend_(got, params, 0.3, backend="triton", seed=5)
+    ema_blend_(want, params, 0.3, backend="torch", seed=5)
+    assert all(torch.equal(a, b) for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_two_halves_are_an_fp32_average_in_every_bit():
+    gen = torch.Generator("cuda").manual_seed(0)
+    draws = lambda: [torch.randn(n, generator=gen, device="cuda") for n in (7, 4096, 100_003)]
+    whole = [draws() for _ in range(3)]
+    high, low = zip(*[zip(*map(split_halves_reference, es), strict=True) for es in whole], strict=True)
+    for dtype in DTYPES:
+        params = [p.to(dtype) for p in draws()]
+        for alpha in (0.3, 1e-4, torch.tensor([0.0, 0.7, 1.0], device="cuda")):
+            ema_blend_(whole, params, alpha)
+            ema_blend_(high, params, alpha, low=low)
+            for es, hs, ls in zip(whole, high, low, strict=True):
+                assert all(torch.equal(e, join_halves_reference(h, half)) for e, h, half in zip(es, hs, ls, strict=True))
 
 
 def test_a_replayed_schedule_equals_eager_over_1000_steps():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['P_MODE', 'COPY_BYTES', 'TRITON_TYPE', 'ema_blend_reference', 'lerp', 'pointers', 'alpha_of', 'empty_if_zero', 'used',
-           'blend_chunk', 'copy_chunk', 'ema_blend_kernel', 'Plan', 'side_of', 'make_plan', 'check_tensors', 'Schedule',
-           'blend_', 'alphas_of', 'blend_rest_', 'ema_blend_', 'check_alpha']
+           'blend_chunk', 'copy_chunk', 'ema_blend_kernel', 'Plan', 'side_of', 'make_plan', 'check_tensors',
+           'check_halves', 'Schedule', 'blend_', 'alphas_of', 'blend_rest_', 'ema_blend_', 'check_alpha']
 
 # %% ../../nbs/15_ema_blend.ipynb #a05146a5
 from collections.abc import Sequence
@@ -15,31 +15,33 @@ import torch
 
 from ..runtime import UserError, launching, resolve_backend, values_are_checked
 from .multi_tensor import CHUNK, WIDE, Side, address_table, memory_order, same_layout
-from .rounding import round_stochastic, round_stochastic_reference
+from .rounding import (
+    join_halves, join_halves_reference, round_stochastic, round_stochastic_reference, split_halves, split_halves_reference)
 
 import triton
 import triton.language as tl
 
 # %% ../../nbs/15_ema_blend.ipynb #93c0a424
 def ema_blend_reference(
-    e: torch.Tensor,                # shadow, floating; written in place
-    p: torch.Tensor,                # the same shape
-    alpha: float | torch.Tensor,    # 0 to 1; a tensor is on the same device
-    c: torch.Tensor | None = None,  # what rounding has left over, of the shadow's type; written in place
-    seed: int | None = None,        # round at random
-    first: int = 0,                 # counter of the first element, for the random bits
+    e: torch.Tensor,                  # shadow, floating; written in place
+    p: torch.Tensor,                  # the same shape
+    alpha: float | torch.Tensor,      # 0 to 1; a tensor is on the same device
+    low: torch.Tensor | None = None,  # int16: the lower half of the average whose upper half is e; written in place
+    seed: int | None = None,          # round at random
+    first: int = 0,                   # counter of the first element, for the random bits
 ) -> None:
     "Blend in fp32 (fp64 for fp64), and round to the shadow's type."
     wide = torch.promote_types(torch.float32, e.dtype)
-    total, p = e.to(wide) if c is None else e.to(wide) + c.to(wide), p.to(wide)
+    total, p = e.to(wide) if low is None else join_halves_reference(e, low), p.to(wide)
     if isinstance(alpha, torch.Tensor):
         alpha = alpha.to(wide)
         new = torch.where(alpha == 1, p, torch.where(alpha == 0, total, torch.lerp(total, p, alpha)))
     else: new = p if alpha == 1 else torch.lerp(total, p, alpha)
-    if seed is None: e.copy_(new)
+    if low is not None:
+        for half, bits in zip((e, low), split_halves_reference(new), strict=True): half.copy_(bits)
+    elif seed is None: e.copy_(new)
     elif same_layout(e, new): memory_order(e).copy_(round_stochastic_reference(memory_order(new), e.dtype, seed, first))
     else: e.copy_(round_stochastic_reference(new.reshape(-1), e.dtype, seed, first).view(e.shape))
-    if c is not None: c.copy_(new - e.to(wide))
 
 # %% ../../nbs/15_ema_blend.ipynb #feac8887
 @triton.jit
@@ -92,14 +94,16 @@ def blend_chunk(
         a = alpha_of(k, alpha, t_ptr, T, PERIOD, K, ALPHA)
         mask = i < empty_if_zero(n, a, WIDE)
         e_ptr = pointers(row + 1 + k, E_TYPE, WIDE, CHUNK)
-        e = tl.load(e_ptr, mask=mask).to(tl.float32)
-        if ROUND == "compensated":
-            c_ptr = pointers(row + 1 + K + k, E_TYPE, WIDE, CHUNK)
-            e += tl.load(c_ptr, mask=mask).to(tl.float32)
-        e = lerp(e, p, a)
-        if ROUND == "stochastic": e = round_stochastic(e, first + i, seed + k, E_TYPE)
-        tl.store(e_ptr, e.to(E_TYPE), mask=mask)
-        if ROUND == "compensated": tl.store(c_ptr, (e - e.to(E_TYPE).to(tl.float32)).to(E_TYPE), mask=mask)
+        e = tl.load(e_ptr, mask=mask)
+        if ROUND == "split":
+            low_ptr = pointers(row + 1 + K + k, E_TYPE, WIDE, CHUNK)
+            high, low = split_halves(lerp(join_halves(e, tl.load(low_ptr, mask=mask)), p, a))
+            tl.store(e_ptr, high, mask=mask)
+            tl.store(low_ptr, low, mask=mask)
+        else:
+            e = lerp(e.to(tl.float32), p, a)
+            if ROUND == "stochastic": e = round_stochastic(e, first + i, seed + k, E_TYPE)
+            tl.store(e_ptr, e.to(E_TYPE), mask=mask)
 
 
 @triton.jit
@@ -115,7 +119,7 @@ def copy_chunk(row, n, alpha, t_ptr, T, PERIOD, ALPHA: tl.constexpr, K: tl.const
 # %% ../../nbs/15_ema_blend.ipynb #89b66e63
 @triton.jit(do_not_specialize=["T", "PERIOD", "seed"])
 def ema_blend_kernel(
-    table_ptr,                   # (rows, COLUMNS) int64: n, mode, first, then the addresses of p, e_0 ... and c_0 ...
+    table_ptr,                   # (rows, COLUMNS) int64: n, mode, first, then the addresses of p, e_0 ... and low_0 ...
     alpha, t_ptr, T, PERIOD,  # a number; or (K,) values; or a (T, K) schedule and the () int64 step
     seed, found_inf_ptr,         # an int; () or None
     COLUMNS: tl.constexpr, E_TYPE: tl.constexpr, ALPHA: tl.constexpr, ROUND: tl.constexpr, K: tl.constexpr,
@@ -149,7 +153,7 @@ class Plan(NamedTuple):
     "Tensors of K averages, checked."
     shadows: list[list[torch.Tensor]]        # K lists
     params: list[torch.Tensor]
-    compensation: list[list[torch.Tensor]]   # K lists, or none
+    low: list[list[torch.Tensor]]            # K lists of lower halves, or none
     copied: list[bool]                       # per parameter: copied instead of blended
     first: list[int]                         # per parameter: counter of its first element
     table: torch.Tensor | None               # for the kernel
@@ -163,14 +167,14 @@ TRITON_TYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.flo
 
 
 def side_of(tensors: Sequence[torch.Tensor], copied: bool, first: int, dtype: torch.dtype) -> Side | None:
-    "How the kernel walks through a parameter (first), its shadows and its compensation; None if it cannot."
+    "How the kernel walks through a parameter (first), its shadows and their lower halves; None if it cannot."
     p, *others = tensors
     if not all(same_layout(p, other) for other in others): return None
     addresses = tuple(t.data_ptr() for t in tensors)
     if copied:
         if any(e.dtype != p.dtype for e in others): return None
         return Side(p.numel() * p.itemsize, COPY_BYTES, first, addresses, (1,) * len(tensors))
-    if p.dtype not in P_MODE or any(e.dtype != dtype for e in others): return None
+    if p.dtype not in P_MODE or any(e.dtype not in (dtype, torch.int16) for e in others): return None
     return Side(p.numel(), P_MODE[p.dtype], first, addresses, tuple(t.itemsize for t in tensors))
 
 # %% ../../nbs/15_ema_blend.ipynb #170b488c
@@ -180,38 +184,54 @@ def make_plan(
     backend: str,                                         # "triton" or "torch"
     *,
     copied: Sequence[bool] = (),                          # which ones are copied; those that are not floating always are
-    compensation: Sequence[Sequence[torch.Tensor]] = (),  # K lists like shadows
+    low: Sequence[Sequence[torch.Tensor]] = (),           # K lists like shadows: their lower halves, if they are upper ones
     names: Sequence[str] = (),                            # of the parameters, for errors
 ) -> Plan:
     "Check tensors and build the table."
-    check_tensors(shadows, params, compensation, names)
+    check_tensors(shadows, params, names)
     copied = [not p.is_floating_point() or chosen for p, chosen in zip(params, copied or [False] * len(params), strict=True)]
+    check_halves(shadows, low, copied, names)
+    low = [[e if c else half for e, half, c in zip(*lists, copied, strict=True)] for lists in zip(shadows, low, strict=False)]
     sizes = [0, *(p.numel() for p in params)]
-    plan = Plan([list(es) for es in shadows], list(params), [list(cs) for cs in compensation], copied,
+    plan = Plan([list(es) for es in shadows], list(params), low, copied,
                 torch.tensor(sizes).cumsum(0).tolist(), None, list(range(len(params))),
                 next((e.dtype for e, c in zip(shadows[0], copied, strict=True) if not c), torch.float32))
     if backend == "torch" or plan.dtype not in TRITON_TYPE: return plan
-    columns = list(zip(params, *plan.shadows, *(plan.compensation or plan.shadows[:0]), strict=True))
+    columns = list(zip(params, *plan.shadows, *plan.low, strict=True))
     sides = [side_of(column, *more, plan.dtype) for column, *more in zip(columns, copied, plan.first[:-1], strict=True)]
     table = address_table(tuple(side for side in sides if side and side.n), params[0].device)
     return plan._replace(table=table if len(table) else None, rest=[i for i, side in enumerate(sides) if side is None])
 
+# %% ../../nbs/15_ema_blend.ipynb #cf723a9c
+def check_tensors(shadows, params, names) -> None:
+    "Shadows and parameters match in number, shape, kind and device."
+    for es in shadows:
+        if len(es) != len(params): raise UserError(f"{len(es)} shadows for {len(params)} params")
+        for i, (e, p) in enumerate(zip(es, params, strict=True)):
+            name = names[i] if names else f"tensor {i}"
+            if e.shape != p.shape:
+                raise UserError(f"{name}: shadows {tuple(e.shape)}, params {tuple(p.shape)}; equal shapes are needed")
+            if e.is_floating_point() != p.is_floating_point():
+                raise UserError(f"{name}: shadows {e.dtype}, params {p.dtype}; both floating, or neither, is needed")
+            if not e.device == p.device == params[0].device:
+                raise UserError(f"{name}: shadows on {e.device}, params on {p.device}, the first one on {params[0].device}; "
+                                "one device is needed")
 
-def check_tensors(shadows, params, compensation, names) -> None:
-    "Shadows, compensation and parameters match in number, shape, kind and device."
-    for what, lists in (("shadows", shadows), ("compensation", compensation)):
-        if len(lists) not in (len(shadows), 0): raise UserError(f"{len(lists)} lists of {what} for {len(shadows)} of shadows")
-        for es in lists:
-            if len(es) != len(params): raise UserError(f"{len(es)} {what} for {len(params)} params")
-            for i, (e, p) in enumerate(zip(es, params, strict=True)):
-                name = names[i] if names else f"tensor {i}"
-                if e.shape != p.shape:
-                    raise UserError(f"{name}: {what} {tuple(e.shape)}, params {tuple(p.shape)}; equal shapes are needed")
-                if e.is_floating_point() != p.is_floating_point():
-                    raise UserError(f"{name}: {what} {e.dtype}, params {p.dtype}; both floating, or neither, is needed")
-                if not e.device == p.device == params[0].device:
-                    raise UserError(f"{name}: {what} on {e.device}, params on {p.device}, the first one on {params[0].device}; "
-                                    "one device is needed")
+
+def check_halves(shadows, low, copied, names) -> None:
+    "Each blended shadow is bf16, and has a lower half of its shape on its device."
+    if len(low) not in (len(shadows), 0): raise UserError(f"{len(low)} lists of low for {len(shadows)} of shadows")
+    for es, halves in zip(shadows, low, strict=False):
+        if len(es) != len(halves): raise UserError(f"{len(halves)} low for {len(es)} shadows")
+        for i, (e, half) in enumerate(zip(es, halves, strict=True)):
+            name = names[i] if names else f"tensor {i}"
+            if copied[i]: continue
+            if e.dtype != torch.bfloat16:
+                raise UserError(f"{name}: a shadow with a lower half is torch.bfloat16, not {e.dtype}; torch.float16 can be "
+                                "rounded at random, with seed")
+            if (half.dtype, half.shape, half.device) != (torch.int16, e.shape, e.device):
+                raise UserError(f"{name}: low is {half.dtype} {tuple(half.shape)} on {half.device}; needed is torch.int16 "
+                                f"{tuple(e.shape)} on {e.device}")
 
 # %% ../../nbs/15_ema_blend.ipynb #eda043d4
 class Schedule(NamedTuple):
@@ -235,8 +255,8 @@ def blend_(
         with launching(plan.table):
             ema_blend_kernel[(len(plan.table),)](
                 plan.table, values, step, len(values) if step is not None else 0, period, seed or 0, found_inf,
-                COLUMNS=plan.table.shape[1], E_TYPE=TRITON_TYPE[plan.dtype], ALPHA=kind,
-                ROUND="compensated" if plan.compensation else "nearest" if seed is None else "stochastic",
+                COLUMNS=plan.table.shape[1], E_TYPE=tl.int16 if plan.low else TRITON_TYPE[plan.dtype], ALPHA=kind,
+                ROUND="split" if plan.low else "nearest" if seed is None else "stochastic",
                 K=len(plan.shadows), WIDE=WIDE, CHUNK=CHUNK, num_warps=4)
     if plan.rest: blend_rest_(plan, alpha, found_inf, seed)
 
@@ -266,9 +286,9 @@ def blend_rest_(plan: Plan, alpha, found_inf: torch.Tensor | None, seed: int | N
         for i in plan.rest:
             e, p = plan.shadows[k][i], plan.params[i]
             if plan.copied[i]: e.copy_(p if on_cpu else torch.where(a == 0, e, p.to(e.dtype)))
-            elif plan.compensation or seed is not None or not on_cpu:
-                c = plan.compensation[k][i] if plan.compensation else None
-                ema_blend_reference(e, p, a, c, None if seed is None else seed + k, plan.first[i])
+            elif plan.low or seed is not None or not on_cpu:
+                low = plan.low[k][i] if plan.low else None
+                ema_blend_reference(e, p, a, low, None if seed is None else seed + k, plan.first[i])
             else: plain.append((e, p if p.dtype == e.dtype else p.to(e.dtype)))
         if not plain: continue
         es, ps = map(list, zip(*plain, strict=True))
@@ -284,17 +304,17 @@ def ema_blend_(
     *,
     found_inf: torch.Tensor | None = None,     # one element on the device: nothing happens unless it is 0
     seed: int | None = None,                   # 0 to 2**31 - 1: 16-bit shadows are rounded at random
-    compensation: Sequence = (),               # like shadows: keeps what rounding leaves over
+    low: Sequence = (),                        # like shadows, int16: the lower halves of fp32 averages, for bf16 shadows
     backend: str = "auto",                     # "auto", "triton" or "torch"
 ) -> None:
     "Blend each floating shadow, `e + alpha * (p - e)`, and copy the others; 1 is an exact copy, 0 leaves all as it is."
     if shadows and isinstance(shadows[0], torch.Tensor):
-        shadows, compensation = [shadows], [compensation] if compensation else ()
-    if seed is not None and compensation: raise UserError("allowed is one of seed and compensation")
+        shadows, low = [shadows], [low] if low else ()
+    if seed is not None and low: raise UserError("allowed is one of seed and low")
     if not params and not any(shadows): return
     check_alpha(alpha, len(shadows), params)
     if not shadows: raise UserError(f"0 shadows for {len(params)} params")
-    plan = make_plan(shadows, params, resolve_backend(backend, params[0]) if params else "torch", compensation=compensation)
+    plan = make_plan(shadows, params, resolve_backend(backend, params[0]) if params else "torch", low=low)
     blend_(plan, alpha, found_inf=found_inf, seed=seed)
 
 
