@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..runtime import UserError
+from ..runtime import UserError, tl, triton
 from .rows import (
     TARGET_SCHEMA, TILES, Parts, Target, add_up, at_field, check_logits, check_target, check_topk, inside_row,
     kernel_backend, last_to_arrive, launch_rows, launch_tiles, load_class_ids, load_target, load_tile, plan_rows,
@@ -25,9 +25,6 @@ from .rank import clamp_topk, count_ahead, empty_counts, rank_rows, ranks_of, su
 from .cross_entropy import (
     CPU_BLOCK, HALF_TILES, REDUCTIONS, LossOutput, accumulated, coefficients, empty_gradient, empty_kept, gradient_constants,
     keep_nothing, loss_output, no_second_derivative, scaled_gradient, smoothed, store_counts)
-
-import triton
-import triton.language as tl
 
 # %% ../../nbs/12_binary_cross_entropy.ipynb #c66626e8
 class BinaryOptions(NamedTuple):

@@ -19,16 +19,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..runtime import UserError, launching, values_are_checked
+from ..runtime import UserError, launching, tl, triton, values_are_checked
 from .rows import (
     TARGET_SCHEMA, Parts, Target, add_up, all_inside, at_field, check_logits, check_target, check_topk, inside_row,
     kernel_backend, last_to_arrive, launch_rows, launch_tiles, load_class_ids, load_parts, load_target, load_tile,
     plan_rows, row_layout, rows_contiguous, split_inputs, store_hits, store_sums, sum_parts,
     take_field, target_parts, tile_at)
 from .rank import clamp_topk, count_ahead, empty_counts, rank_beside, rank_rows, ranks_of, sum_hits
-
-import triton
-import triton.language as tl
 
 # %% ../../nbs/11_cross_entropy.ipynb #8bd60c9b
 class Options(NamedTuple):

@@ -13,13 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..runtime import UserError, launching, resolve_backend, values_are_checked
+from ..runtime import UserError, launching, resolve_backend, tl, triton, values_are_checked
 from .multi_tensor import CHUNK, WIDE, Side, address_table, memory_order, same_layout
 from .rounding import (
     join_halves, join_halves_reference, round_stochastic, round_stochastic_reference, split_halves, split_halves_reference)
-
-import triton
-import triton.language as tl
 
 # %% ../../nbs/15_ema_blend.ipynb #93c0a424
 def ema_blend_reference(

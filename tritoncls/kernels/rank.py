@@ -15,9 +15,7 @@ from .rows import (
     TARGET_SCHEMA, Parts, Target, add_up, check_logits, check_target, check_topk, hits, kernel_backend, last_to_arrive,
     launch_rows, load_target, load_tile, plan_rows, row_layout, rows_contiguous, store_hits, store_part, store_sums,
     sum_parts, target_parts, tile_at)
-
-import triton
-import triton.language as tl
+from ..runtime import tl, triton
 
 # %% ../../nbs/10_rank.ipynb #518d192c
 def rank_reference(

@@ -17,10 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..runtime import UserError, launching, resolve_backend, values_are_checked
-
-import triton
-import triton.language as tl
+from ..runtime import UserError, launching, resolve_backend, tl, triton, values_are_checked
 
 # %% ../../nbs/09_rows.ipynb #6d46ddb7
 class MixedTarget(NamedTuple):
