@@ -9,7 +9,7 @@ __all__ = ['Target', 'TARGET_SCHEMA', 'TILES', 'MAX_PROGRAMS', 'FEW_PROGRAMS', '
            'store_hits', 'store_sums', 'last_to_arrive', 'add_up', 'store_part', 'load_parts', 'sum_parts', 'Plan',
            'plan_rows', 'arrivals', 'row_layout', 'rows_contiguous', 'target_arguments', 'tile_arguments',
            'plan_arguments', 'launch_rows', 'launch_tiles', 'check_logits', 'check_target', 'check_class_ids',
-           'all_inside', 'check_lam', 'check_topk', 'kernel_backend']
+           'values_are_seen', 'all_inside', 'check_lam', 'check_topk', 'kernel_backend', 'one_by_one']
 
 # %% ../../nbs/09_rows.ipynb #f835265b
 from collections.abc import Sequence
@@ -398,7 +398,7 @@ def check_class_ids(logits: torch.Tensor, y: torch.Tensor, name: str, ignore_ind
     if y.shape != (N,) or not integral:
         raise UserError(f"{name} needs to be integer class ids ({N},) for logits {(N, C)}, not {y.dtype} {tuple(y.shape)}")
     if y.device != logits.device: raise UserError(f"{name} is on {y.device}, logits are on {logits.device}")
-    if not values_are_checked(y) or all_inside(y, C): return
+    if not values_are_seen(y) or all_inside(y, C): return
     y = y.long()
     bad = (y < 0) | (y >= C)
     if ignore_index is not None: bad &= y != ignore_index
@@ -406,6 +406,11 @@ def check_class_ids(logits: torch.Tensor, y: torch.Tensor, name: str, ignore_ind
         row = bad.nonzero()[0, 0].item()
         allowed = f"0..{C - 1}" + ("" if ignore_index is None else f" and ignore_index = {ignore_index}")
         raise UserError(f"{name}[{row}] = {y[row].item()} is not a class id: allowed are {allowed}")
+
+
+def values_are_seen(tensor: torch.Tensor) -> bool:
+    "Whether the values of `tensor` may be looked at here; those of a batch inside of `torch.vmap` have no value of their own."
+    return values_are_checked(tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def all_inside(y: torch.Tensor, n_classes: int) -> bool:
@@ -423,7 +428,7 @@ def check_lam(logits: torch.Tensor, lam: torch.Tensor | float) -> None:
     if lam.shape not in ((), (1,), logits.shape[:1]) or not lam.is_floating_point():
         raise UserError(f"target.lam needs to be floating (), (1,) or ({len(logits)},), not {lam.dtype} {tuple(lam.shape)}")
     if lam.device != logits.device: raise UserError(f"target.lam is on {lam.device}, logits are on {logits.device}")
-    if values_are_checked(lam) and not ((lam >= 0) & (lam <= 1)).all():
+    if values_are_seen(lam) and not ((lam >= 0) & (lam <= 1)).all():
         raise UserError("target.lam: allowed is 0 to 1")
 
 
@@ -441,3 +446,12 @@ def kernel_backend(
     if logits.dtype != torch.float64: return resolve_backend(backend, logits)
     if backend == "triton": raise UserError("backend 'triton' takes fp32, bf16 and fp16 logits, not fp64")
     return "torch"
+
+# %% ../../nbs/09_rows.ipynb #3c38f5b9
+def one_by_one(call, info, in_dims, *inputs) -> tuple:  # results, dimension of the batch in each
+    "What `torch.vmap` does with an operator: a call for each entry of the batch."
+    entry = lambda i: [x.select(dim, i) if isinstance(x, torch.Tensor) and dim is not None else x
+                       for x, dim in zip(inputs, in_dims, strict=True)]
+    results = [call(*entry(i)) for i in range(info.batch_size)]
+    if isinstance(results[0], torch.Tensor): return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
