@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tritoncls.ema import ModelEma, ema_blend_, update_emas
+from tritoncls.kernels.multi_tensor import address_table
 from tritoncls.kernels.rounding import join_halves_reference, split_halves_reference
 from tritoncls.losses import (
     MixedTarget, binary_cross_entropy, binary_cross_entropy_and_grad, cross_entropy, cross_entropy_and_grad, pad_classifier,
@@ -218,6 +219,48 @@ def test_a_replayed_schedule_equals_eager_over_1000_steps():
     assert captured.steps == eager.steps == 990
     states = captured.module.state_dict().values(), eager.module.state_dict().values()
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_a_captured_average_follows_a_loaded_state():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 65), torch.nn.BatchNorm1d(65)).cuda()
+    for options in ({}, dict(dtype=torch.bfloat16, rounding="split")):
+        averages = [ModelEma(model, schedule=[0.5] * 9, capturable=True, **options) for _ in range(2)]
+        captured, eager = averages
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream): captured.update()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph): captured.update()
+        graph.replay()
+        state = ModelEma(model, schedule=[0.1 * n for n in range(9)], capturable=True, **options).state_dict()
+        for ema in averages: ema.load_state_dict(state)
+        torch.cuda.empty_cache()
+        noise = [torch.full((n,), float("nan"), device="cuda") for n in (10, 64, 4225) * 20]  # over all that was freed
+        for _ in range(12):
+            with torch.no_grad(): model[0].weight.mul_(1.1)
+            graph.replay()
+            eager.update()
+        assert captured.steps == eager.steps == 12 and noise
+        for a, b in zip(captured.weights().values(), eager.weights().values(), strict=True): assert torch.equal(a, b)
+
+
+def test_a_graph_takes_no_average_that_counts_on_the_host():
+    ema = ModelEma(torch.nn.Linear(8, 8).cuda())
+    ema.update()
+    with pytest.raises(UserError, match="capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()): ema.update()
+    ema.update()
+    assert ema.steps == 2
+
+
+def test_a_captured_blend_keeps_its_table():
+    shadows, params = [torch.zeros(5000, device="cuda")], [torch.ones(5000, device="cuda")]
+    graph, others = torch.cuda.CUDAGraph(), torch.zeros(40, 5000, device="cuda")
+    ema_blend_(shadows, params, 0.5)
+    with torch.cuda.graph(graph): ema_blend_(shadows, params, 0.5)
+    for other in others: ema_blend_([other], params, 0.5)
+    address_table.cache_clear()
+    graph.replay()
+    assert (shadows[0] == 0.75).all() and (others == 0.5).all()
 
 
 def test_the_average_in_host_memory():

@@ -1,15 +1,20 @@
 """What has gone wrong in other moving averages, and what several implementations agree on."""
 import copy
+import gc
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tritoncls.ema import ModelEma, alpha_at, update_emas
+from tritoncls.ema import ModelEma, alpha_at, ema_blend_, update_emas
+from tritoncls.kernels.ema_blend import make_plan
+from tritoncls.kernels.multi_tensor import address_table
 from tritoncls.kernels.rounding import split_halves_reference
 from tritoncls.runtime import INTERPRETER, UserError
 from tritoncls.schedules import momentum_schedule
@@ -263,6 +268,94 @@ def test_several_averages_in_one_pass(backend, capturable):
         assert a.steps == b.steps == 4
         assert_equal(a.module.state_dict(), b.module.state_dict(), rtol=1e-6, atol=1e-7)
     with pytest.raises(UserError, match="different models"): update_emas([together[0], ModelEma(network())])
+
+
+@contextmanager
+def recording():
+    "As inside of torch.cuda.graph, where there is a GPU."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        yield
+
+
+def test_a_graph_takes_no_average_that_counts_on_the_host():
+    ema = ModelEma(model := network(), momentum=0.5)
+    ema.update()
+    before = copy.deepcopy(ema.module.state_dict())
+    model[4].weight.data.add_(1)
+    with recording(), pytest.raises(UserError, match=r"ModelEma\(model, capturable=True\)"): ema.update()
+    with recording(), pytest.raises(UserError, match="capturable=True"): update_emas([ema])
+    assert ema.steps == 1
+    assert_equal(ema.module.state_dict(), before)
+
+
+def alive(references): return [reference() is not None for reference in references]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_graph_reads_lives_as_long_as_the_average(backend):
+    model = network()
+    options = dict(schedule=[0.1, 0.2, 0.3], capturable=True, dtype=torch.bfloat16, rounding="split", backend=backend)
+    ema, other = ModelEma(model, **options), ModelEma(network(seed=1), **options | dict(schedule=[0.4, 0.5, 0.6]))
+    ema.update()
+    with recording(): ema.update()
+    [ready] = ema.plans.values()
+    read = [*ready.plan.shadows[0], *ready.plan.low[0], ready.alphas.alphas, ready.alphas.step]
+    if backend == "triton": read.append(ready.plan.table)
+    references, places = [weakref.ref(t) for t in read], [t.data_ptr() for t in read]
+    ema.load_state_dict(copy.deepcopy(other.state_dict()))
+    torch.testing.assert_close(ready.alphas.alphas.flatten()[:4], torch.tensor([0.6, 0.5, 0.4, 0.4]))
+    assert ready.alphas.step is ema.count and ema.steps == 0 and places == [t.data_ptr() for t in read]
+    assert_equal(ema.weights(), other.weights())
+    model[1].running_mean = model[1].running_mean + 1
+    ema.update()
+    assert all(ready is not other for other in ema.plans.values())
+    address_table.cache_clear()
+    del ready, read
+    gc.collect()
+    assert all(alive(references))
+    del ema
+    gc.collect()
+    assert not any(alive(references))
+
+
+def test_a_longer_schedule_is_refused_where_a_graph_reads_one():
+    model = network()
+    pair = [ModelEma(model, momentum=m, capturable=True) for m in (0.9, 0.8)]
+    update_emas(pair)
+    longer = ModelEma(network(seed=1), momentum=0.5, start=50, capturable=True).state_dict()
+    pair[1].load_state_dict(longer)
+    assert pair[1].momentum_at(50) == 0 and pair[1].steps == 0
+    with pytest.raises(UserError, match="equally many steps"): update_emas(pair)
+    pair[0].load_state_dict(longer)
+    update_emas(pair)
+    with recording(): update_emas(pair)
+    before = copy.deepcopy(pair[1].state_dict())
+    for options in (dict(start=99), dict(update_period=2)):
+        with pytest.raises(UserError, match="a graph has captured this average with a shorter schedule, or another"):
+            pair[1].load_state_dict(ModelEma(model, **options).state_dict())
+    assert pair[1].settings == before["settings"] and pair[1].steps == 2
+    assert_equal(pair[1].module.state_dict(), before["module"])
+    [ready] = pair[0].captured
+    alphas = ready.alphas.alphas
+    pair[1].load_state_dict(ModelEma(model, momentum=0.25, start=3).state_dict())
+    want = [[1, 1]] * 3 + [[1, 0.75]] * 47 + [[0.5, 0.75]] * (len(alphas) - 50)
+    assert len(alphas) > 51 and alphas is ready.alphas.alphas and alphas.tolist() == want
+
+
+@pytest.mark.skipif(not INTERPRETER, reason="uses the kernel on a CPU")
+def test_the_table_of_a_captured_blend_is_kept():
+    params, tables = [torch.ones(9)], []
+    for captured in (True, False):
+        shadows = [torch.zeros(9)]
+        with recording(), pytest.raises(UserError, match="once before"): ema_blend_(shadows, params, 0.5, backend="triton")
+        ema_blend_(shadows, params, 0.5, backend="triton")
+        tables.append(weakref.ref(make_plan([shadows], params, "triton").table))
+        with recording() if captured else nullcontext(): ema_blend_(shadows, params, 0.5, backend="triton")
+    for shadow in torch.zeros(40, 9): ema_blend_([shadow], params, 0.5, backend="triton")
+    gc.collect()
+    assert alive(tables) == [True, False]
 
 
 def test_include_and_exclude():

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from .kernels.ema_blend import Plan, Schedule, blend_, ema_blend_, make_plan
-from .kernels.multi_tensor import is_dense
+from .kernels.multi_tensor import capturing, is_dense
 from .kernels.rounding import join_halves_reference, split_halves_reference
 from .runtime import UserError, bare, resolve_backend, unwrapped
 
@@ -249,7 +249,9 @@ class ModelEma:
         names = list(named_tensors(places(self.module)))
         if not names: raise UserError(f"{type(model).__name__} has no parameters or buffers to average")
         self.averaged, self.rounding, self.backend = chosen(names, include, exclude), rounding, backend
-        self.device, self.capturable, self.swapped, self.plans = device, capturable, False, {}
+        self.device, self.capturable, self.swapped = device, capturable, False
+        self.plans: dict[tuple[ModelEma, ...], Prepared] = {}  # by the averages that are updated together
+        self.captured: list[Prepared] = []                     # what graphs read: it lives as long as this average
         blended = {name: e.detach() for name, e in self.tensors().items() if e.is_floating_point() and name in self.averaged}
         retype(places(self.module), blended, dtype)
         low = {name: torch.zeros_like(e, dtype=torch.int16) for name, e in self.tensors().items() if name in blended}
@@ -332,19 +334,37 @@ class ModelEma:
         if self.swapped: raise UserError("the model holds the average at present: no loading inside of swap")
         own, tensors = self.module.state_dict(), self.module.state_dict(keep_vars=True)
         weights, steps, settings = read_state(state, own)
+        graphs = [] if settings is None else self.take_over(settings)
         first = {id(e): key for key, e in reversed(tensors.items())}  # tied weights are what the first of them is
         own.update({key: weights[first[id(e)]] for key, e in tensors.items()})
         self.module.load_state_dict(own)
         self.fill_halves({bare(key): weight for key, weight in own.items()})
-        if settings is not None: self.settings, self.table = dict(settings), alpha_table(**settings)
-        self.plans = {}
+        for alphas, loaded in graphs: alphas.copy_(loaded)
+        for ready in [*self.plans.values()]:
+            if not any(ready is kept for kept in self.captured):
+                for ema in ready.emas: del ema.plans[ready.emas]
         if steps is None: return
         if self.capturable: self.count.fill_(int(steps))
         else: self.count = int(steps)
 
+    def take_over(
+        self,
+        settings: dict,                               # of a state
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:     # where graphs read a schedule, and what belongs there
+        "Take over settings; an error if a graph has captured a shorter schedule."
+        before = self.settings, self.table
+        self.settings, self.table = dict(settings), alpha_table(**settings)
+        pairs = [(ready.alphas, joint_schedule(ready.emas, len(ready.alphas.alphas))) for ready in self.captured]
+        if all(old.period == new.period and old.alphas.shape == new.alphas.shape for old, new in pairs):
+            return [(old.alphas, new.alphas) for old, new in pairs]
+        self.settings, self.table = before
+        raise UserError("a graph has captured this average with a shorter schedule, or another update_period: load the state "
+                        "before the capture, or without its settings")
+
 # %% ../nbs/22_ema.ipynb #06eaa9d5
 class Prepared(NamedTuple):
     "What an update of some averages needs, as long as no tensor moves."
+    emas: tuple[ModelEma, ...]
     where: list[Places]                             # of the model and of each average
     seen: list[list[int]]                           # their fingerprints
     plan: Plan
@@ -395,9 +415,9 @@ def check_together(emas: Sequence[ModelEma]) -> None:
 
 # %% ../nbs/22_ema.ipynb #2e0576f6
 @torch.no_grad()
-def prepare(emas: Sequence[ModelEma]) -> Prepared:
+def prepare(emas: tuple[ModelEma, ...]) -> Prepared:
     "Match, check and plan."
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if capturing():
         raise UserError("tensors were moved since the last update: update once more before a graph is captured")
     check_together(emas)
     first, model = emas[0], places(emas[0].model)
@@ -413,14 +433,15 @@ def prepare(emas: Sequence[ModelEma]) -> Prepared:
         copied=[name not in first.averaged for name in params],
         low=[low(ema, es) for ema, es in zip(emas, shadows, strict=True)] if first.rounding == "split" else ())
     where = [model, *(places(ema.module)._replace(dicts=[], parts=[]) for ema in emas)]
-    return Prepared(where, [fingerprint(w) for w in where], plan, joint_schedule(emas) if first.capturable else None, staged)
+    schedule = joint_schedule(emas) if first.capturable else None
+    return Prepared(emas, where, [fingerprint(w) for w in where], plan, schedule, staged)
 
 
-def joint_schedule(emas: Sequence[ModelEma]) -> Schedule:
-    "The tables of several averages as one, on the device."
+def joint_schedule(emas: Sequence[ModelEma], least: int = 0) -> Schedule:
+    "The tables of several averages as one of `least` steps or more, on the device."
     period = math.lcm(*(ema.settings["update_period"] for ema in emas))
-    steps = range(1, max(len(ema.table) for ema in emas) + period + 1)
-    rows = [[alpha_at(ema.table, n, ema.settings["update_period"]) for ema in emas] for n in steps]
+    steps = max(least, max(len(ema.table) for ema in emas) + period)
+    rows = [[alpha_at(ema.table, n, ema.settings["update_period"]) for ema in emas] for n in range(1, steps + 1)]
     return Schedule(torch.tensor(rows, dtype=torch.float32).to(emas[0].count.device), emas[0].count, period)
 
 # %% ../nbs/22_ema.ipynb #e51a8da6
@@ -433,8 +454,14 @@ def update_emas(
     if any(ema.swapped for ema in emas): raise UserError("the model holds the average at present: no update inside of swap")
     if found_inf is not None and not emas[0].capturable:
         raise UserError("found_inf is read on the device: that needs capturable=True")
+    if (graph := capturing()) and not emas[0].capturable:
+        raise UserError("this average counts on the host, and every replay of a graph would repeat this step's alpha: "
+                        "make it with ModelEma(model, capturable=True)")
     ready = emas[0].plans.get(emas := tuple(emas))
-    if ready is None or [fingerprint(w) for w in ready.where] != ready.seen: ready = emas[0].plans[emas] = prepare(emas)
+    if ready is None or [fingerprint(w) for w in ready.where] != ready.seen: ready = prepare(emas)
+    for ema in emas:
+        ema.plans[emas] = ready
+        if graph and not any(ready is kept for kept in ema.captured): ema.captured.append(ready)
     if emas[0].capturable: update_on_device(emas, ready, found_inf)
     else: update_from_host(emas, ready)
 
