@@ -202,8 +202,6 @@ def report(
     if unknown := [target for target in targets if target not in TARGETS]:
         raise UserError(f"target {unknown[0]!r} is not known; allowed: {', '.join(TARGETS)}")
     require_triton("the report")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        raise UserError(f"the report speaks to the compiler of Triton 3.3 and later, not {triton.__version__}")
     rows = {target: json.loads(cache_file(target).read_text()) for target in targets if cache_file(target).is_file()}
     if missing := [target for target in targets if target not in rows]:
         rows |= compile_all(missing)
