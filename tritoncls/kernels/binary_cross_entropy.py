@@ -132,8 +132,8 @@ def binary_cross_entropy_kernel(
     THRESHOLD: tl.constexpr, EACH_LOSS: tl.constexpr, ROW_LOSS: tl.constexpr, GRAD: tl.constexpr,
     TOPK: tl.constexpr, FIELDS: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr, EDGE: tl.constexpr,
     PEEL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
-    PROGRAMS: tl.constexpr, SPLIT_ROWS: tl.constexpr, SPLIT_COLS: tl.constexpr, DX_STRIDE: tl.constexpr,
-    DX_EDGE: tl.constexpr,
+    PROGRAMS: tl.constexpr, SPLIT_ROWS: tl.constexpr, SPLIT_COLS: tl.constexpr, AMD: tl.constexpr,
+    DX_STRIDE: tl.constexpr, DX_EDGE: tl.constexpr,
 ):
     split = tl.program_id(1)
     sums = tl.zeros([ROWS, FIELDS], tl.float32)
@@ -171,7 +171,7 @@ def binary_cross_entropy_kernel(
         tile += tl.num_programs(0)
     if SPLITS == 1: store_sums(sums_ptr, sums, FIELDS)
 
-    if last_to_arrive(arrivals_ptr):
+    if last_to_arrive(arrivals_ptr, AMD):
         if SPLITS == 1:
             total = add_up(sums_ptr, PROGRAMS, FIELDS)
         else:

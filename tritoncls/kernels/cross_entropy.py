@@ -236,7 +236,7 @@ def cross_entropy_kernel(
     REDUCTION: tl.constexpr, TOPK: tl.constexpr, FIELDS: tl.constexpr, C: tl.constexpr,
     STRIDE: tl.constexpr, EDGE: tl.constexpr, PEEL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr, SPLIT_ROWS: tl.constexpr,
-    SPLIT_COLS: tl.constexpr, GRAD: tl.constexpr, DX_STRIDE: tl.constexpr, DX_EDGE: tl.constexpr,
+    SPLIT_COLS: tl.constexpr, AMD: tl.constexpr, GRAD: tl.constexpr, DX_STRIDE: tl.constexpr, DX_EDGE: tl.constexpr,
 ):
     split = tl.program_id(1)
     sums = tl.zeros([ROWS, FIELDS], tl.float32)
@@ -293,7 +293,7 @@ def cross_entropy_kernel(
         tile += tl.num_programs(0)
     if SPLITS == 1: store_sums(sums_ptr, sums, FIELDS)
 
-    if last_to_arrive(arrivals_ptr):
+    if last_to_arrive(arrivals_ptr, AMD):
         if SPLITS == 1:
             total = add_up(sums_ptr, PROGRAMS, FIELDS)
         else:
@@ -711,7 +711,7 @@ def gradient_scales(
             y, weight, grad_scale, scale, len(logits), float(len(logits)) if mean else 1.0, options.z_loss,
             options.ignore_index,
             COUNT=mean and parts.kind == "ids", WEIGHTED=weight is not None, SCALED=grad_scale is not None, C=logits.shape[1],
-            BLOCK=8192, num_warps=16)
+            BLOCK=8192, num_warps=16, enable_fp_fusion=True)
     return scale
 
 # %% ../../nbs/11_cross_entropy.ipynb #dd23b010

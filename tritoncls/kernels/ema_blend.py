@@ -255,7 +255,8 @@ def blend_(
                 plan.table, values, step, len(values) if step is not None else 0, period, seed or 0, found_inf,
                 COLUMNS=plan.table.shape[1], E_TYPE=tl.int16 if plan.low else TRITON_TYPE[plan.dtype], ALPHA=kind,
                 ROUND="split" if plan.low else "nearest" if seed is None else "stochastic",
-                K=len(plan.shadows), WIDE=WIDE, CHUNK=CHUNK, num_warps=4)
+                K=len(plan.shadows), WIDE=WIDE, CHUNK=CHUNK, num_warps=4,
+                enable_fp_fusion=False)  # what is fused is written as an fma
     if plan.rest: blend_rest_(plan, alpha, found_inf, seed)
 
 # %% ../../nbs/15_ema_blend.ipynb #bd84a4a1

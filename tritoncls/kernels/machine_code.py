@@ -27,7 +27,7 @@ class Launch(NamedTuple):
     options: dict[str, Any]      # num_warps and the like
 
 
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 
 def record_launches(

@@ -67,7 +67,7 @@ def rank_kernel(
     KIND: tl.constexpr, LAM_STRIDE: tl.constexpr, D_STRIDE: tl.constexpr, TOPK: tl.constexpr, FIELDS: tl.constexpr,
     C: tl.constexpr, STRIDE: tl.constexpr, EDGE: tl.constexpr, PEEL: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr,
-    SPLIT_ROWS: tl.constexpr, SPLIT_COLS: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr, SPLIT_COLS: tl.constexpr, AMD: tl.constexpr,
 ):
     split = tl.program_id(1)
     sums = tl.zeros([ROWS, FIELDS], tl.float32)
@@ -90,7 +90,7 @@ def rank_kernel(
         tile += tl.num_programs(0)
     if SPLITS == 1: store_sums(sums_ptr, sums, FIELDS)
 
-    if last_to_arrive(arrivals_ptr):
+    if last_to_arrive(arrivals_ptr, AMD):
         if SPLITS == 1:
             total = add_up(sums_ptr, PROGRAMS, FIELDS)
         else:

@@ -188,7 +188,10 @@ def store_sums(sums_ptr, sums, FIELDS: tl.constexpr):
 
 
 @triton.jit
-def last_to_arrive(arrivals_ptr):
+def last_to_arrive(arrivals_ptr, AMD: tl.constexpr):
+    "Whether this is the last program; the others' stores are then visible. AMD's barrier does not wait for stores, so we do."
+    if AMD: tl.inline_asm_elementwise(
+        "s_waitcnt vmcnt(0)\n v_mov_b32 $0, 0", "=v,~{memory}", [], tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()  # every thread of this program has written
     last = tl.atomic_add(arrivals_ptr, 1) == tl.num_programs(0) * tl.num_programs(1) - 1
     if last: tl.store(arrivals_ptr, 0)
@@ -311,7 +314,7 @@ def tile_arguments(
     edge, peel = row_layout(x)
     return dict(
         C=x.shape[1], STRIDE=x.stride(0), EDGE=edge, PEEL=peel, ROWS=plan.rows, BLOCK=plan.block,
-        **(dict(num_warps=plan.warps // 2) if torch.version.hip else  # AMD's have 64 threads
+        enable_fp_fusion=True, **(dict(num_warps=plan.warps // 2) if torch.version.hip else  # AMD's have 64 threads
            dict(num_warps=plan.warps, maxnreg=min(REGISTERS, 2048 // plan.warps))))
 
 
@@ -323,7 +326,7 @@ def plan_arguments(
     return tile_arguments(x, plan) | dict(
         CHUNK=plan.chunk, SPLITS=plan.splits, PROGRAMS=MAX_PROGRAMS,
         SPLIT_ROWS=triton.next_power_of_2(len(x)) if plan.splits > 1 else 1,
-        SPLIT_COLS=triton.next_power_of_2(plan.splits))
+        SPLIT_COLS=triton.next_power_of_2(plan.splits), AMD=bool(torch.version.hip))
 
 # %% ../../nbs/09_rows.ipynb #58ad04e8
 def launch_rows(
