@@ -320,3 +320,21 @@ def test_captured_in_a_graph():
     with torch.no_grad(): static.copy_(draw(64, 1000, torch.bfloat16)[0].flip(0))
     graph.replay()
     for a, b in zip(captured, step(), strict=True): assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("loss", (cross_entropy, binary_cross_entropy))
+def test_compiled_with_graphs(loss):
+    "What a kernel keeps from launch to launch must not lie in the memory of a graph, or the second warm-up refuses it."
+    from torch._inductor import config
+
+    model = torch.nn.Linear(64, 1000, device="cuda", dtype=torch.bfloat16)
+    x, (_, y) = torch.randn(256, 64, device="cuda", dtype=torch.bfloat16), draw(256, 1000)
+    step = lambda x, y: loss(model(x), y, label_smoothing=0.1).loss
+    want = [torch.autograd.grad(step(x, y), model.weight)[0] for y in (y, y.flip(0))]
+    torch._dynamo.reset()
+    with config.patch({"triton.slow_path_cudagraph_asserts": True, "triton.fast_path_cudagraph_asserts": True}):
+        compiled = torch.compile(step, mode="reduce-overhead")
+        for n in range(6):
+            torch.compiler.cudagraph_mark_step_begin()
+            got = torch.autograd.grad(compiled(x, (y, y.flip(0))[n % 2]), model.weight)[0]
+            torch.testing.assert_close(got.float(), want[n % 2].float(), rtol=0.02, atol=1e-5)

@@ -2,6 +2,8 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from threading import get_ident
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
+from tritoncls.kernels import rows
 from tritoncls.kernels.binary_cross_entropy import BinaryOptions, binary_cross_entropy_reference
 from tritoncls.kernels.cross_entropy import Options, cross_entropy_reference
 from tritoncls.losses import (
@@ -330,6 +333,23 @@ def test_a_compiled_model_trains_with_the_loss():
         got = torch.cat([p.grad.flatten() for p in model.parameters()])
         if function is step: want = got.clone()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_launch_keeps_on_a_gpu_is_not_allocated_by_the_thread_that_warms_a_graph_up(monkeypatch):
+    "CUDA graphs of torch.compile take what this thread allocates for theirs; the GPU is played by the CPU."
+    class Stream:
+        cuda_stream, device = 7, torch.device("cpu")
+        def wait_stream(self, other): waited.append(other)
+
+    waited, threads, zeros = [], [], torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: threads.append(get_ident()) or zeros(*size, **options))
+    monkeypatch.setattr(rows, "_arrivals", {})
+    kept = [rows.arrivals(torch.device("cuda", 0)) for _ in range(3)]
+    assert kept[0] is kept[1] is kept[2] and len(waited) == 1 and len(threads) == 1 and threads[0] != get_ident()
 
 
 LAUNCHES = """

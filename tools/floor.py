@@ -1,4 +1,4 @@
-"""The kernels with the oldest PyTorch and Triton that settings.ini allows: `make test-floor`. Makes .venv-floor, several gigabytes."""
+"""`make test-floor`: the kernels with the oldest PyTorch and Triton that settings.ini allows, in .venv-floor (several GB)."""
 import configparser
 import os
 import re

@@ -7,12 +7,13 @@ __all__ = ['Target', 'TARGET_SCHEMA', 'TILES', 'MAX_PROGRAMS', 'FEW_PROGRAMS', '
            'REGISTERS', 'MixedTarget', 'Parts', 'split_inputs', 'target_parts', 'tile_at', 'inside_row', 'load_tile',
            'narrowed', 'load_class_ids', 'dense_argmax', 'at_class', 'load_target', 'hits', 'at_field', 'take_field',
            'store_hits', 'store_sums', 'last_to_arrive', 'add_up', 'store_part', 'load_parts', 'sum_parts', 'Plan',
-           'plan_rows', 'arrivals', 'row_layout', 'rows_contiguous', 'target_arguments', 'tile_arguments',
+           'plan_rows', 'arrivals', 'zero_on', 'row_layout', 'rows_contiguous', 'target_arguments', 'tile_arguments',
            'plan_arguments', 'launch_rows', 'launch_tiles', 'check_logits', 'check_target', 'check_class_ids',
            'values_are_seen', 'all_inside', 'check_lam', 'check_topk', 'kernel_backend', 'one_by_one']
 
 # %% ../../nbs/09_rows.ipynb #f835265b
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -270,9 +271,19 @@ def arrivals(device: torch.device) -> torch.Tensor:  # (1,) int32
     "A zero for the programs of the next launch to count themselves with."
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _arrivals: _arrivals[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device)
+    key = device, stream.cuda_stream
+    if key not in _arrivals:
+        with ThreadPoolExecutor(1) as pool: _arrivals[key] = pool.submit(zero_on, stream).result()
     return _arrivals[key]
+
+
+def zero_on(stream: torch.cuda.Stream) -> torch.Tensor:  # (1,) int32
+    "A zero that this stream will find there; called in a thread of its own."
+    with torch.cuda.stream(torch.cuda.default_stream(stream.device)):
+        zero = torch.zeros(1, dtype=torch.int32, device=stream.device)
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+    return zero
 
 # %% ../../nbs/09_rows.ipynb #d0a0855a
 def row_layout(
