@@ -58,7 +58,7 @@ try: compile_launch(launch, "gfx942")
 except ValueError as error: print(error)
 """)
     assert out.splitlines() == [
-        "{'enable_fp_fusion': True, 'num_warps': 32, 'maxnreg': 64}", "{'enable_fp_fusion': True, 'num_warps': 16}",
+        "{'num_warps': 32, 'maxnreg': 64, 'enable_fp_fusion': True}", "{'num_warps': 16, 'enable_fp_fusion': True}",
         "cross_entropy_kernel asks for 2048 threads; allowed on gfx942: 1024"]
 
 
