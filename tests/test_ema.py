@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tritoncls.ema import ModelEma, alpha_at, ema_blend_, update_emas
+from tritoncls.ema import ModelEma, alpha_at, ema_blend_, send, update_emas
 from tritoncls.kernels.ema_blend import make_plan
 from tritoncls.kernels.multi_tensor import address_table
 from tritoncls.kernels.rounding import split_halves_reference
@@ -356,6 +356,96 @@ def test_the_table_of_a_captured_blend_is_kept():
     for shadow in torch.zeros(40, 9): ema_blend_([shadow], params, 0.5, backend="triton")
     gc.collect()
     assert alive(tables) == [True, False]
+
+
+class OnGpu(torch.Tensor):
+    "A tensor in host memory that says that it is not."
+    is_cuda = True
+
+
+def test_an_average_on_another_gpu_is_not_pinned(monkeypatch):
+    empty_like = torch.empty_like
+
+    def as_torch_does(tensor, *, device=None, pin_memory=False, **options):
+        if pin_memory and torch.device(device).type != "cpu": raise RuntimeError("Only dense CPU tensors can be pinned")
+        return empty_like(tensor, device=device, **options)
+    monkeypatch.setattr(torch, "empty_like", as_torch_does)
+    ema = ModelEma(model := nn.Linear(3, 2), device="meta", backend="torch")  # meta: the other GPU
+    for name, p in [*model.named_parameters()]: setattr(model, name, nn.Parameter(p.detach().as_subclass(OnGpu)))
+    for _ in range(2): ema.update()
+    assert ema.steps == 2
+    [ready] = ema.plans.values()
+    assert [copy.device.type for _, copy in ready.staged] == ["meta", "meta"]
+
+
+def test_parameters_are_sent_without_waiting(monkeypatch):
+    log = []
+
+    class Event:
+        def record(self, stream): log.append(("record", stream))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")  # that cannot be waited for
+    monkeypatch.setattr(OnGpu, "__torch_function__", torch._C._disabled_torch_function_impl)
+    here, gpu = torch.zeros(3), torch.arange(3.0).as_subclass(OnGpu)
+    assert isinstance(send([(gpu, here)]), Event) and log == [("record", "stream")] and here.tolist() == [0, 1, 2]
+    other = torch.zeros(3).as_subclass(OnGpu)
+    monkeypatch.setattr(OnGpu, "device", torch.device("cuda:1"))
+    assert send([(gpu, other)]) is None and send([]) is None and send([(here, other)]) is None and len(log) == 1
+    assert other.tolist() == [0, 1, 2]
+
+
+class Link:
+    "Copies that arrive when somebody waits for them; until then there is nothing."
+    def __init__(self): self.log = []
+
+    def send(self, staged):
+        if not staged: return None
+        sent, n = [(there, p.clone()) for p, there in staged], sum(word == "send" for word, _ in self.log) + 1
+        for there, p in sent: there.fill_(float("nan") if p.is_floating_point() else -1)
+        self.log.append(("send", n))
+
+        class Arrival:
+            def synchronize(_):
+                self.log.append(("wait", n))
+                for there, p in sent: there.copy_(p)
+        return Arrival()
+
+
+READS = {
+    "module": lambda ema: ema.module.state_dict(), "weights": lambda ema: ema.weights(),
+    "state_dict": lambda ema: ema.state_dict()["module"], "tensors": lambda ema: ema.tensors()}
+
+
+@pytest.mark.parametrize("K", (1, 2))
+@pytest.mark.parametrize("read", READS)
+def test_an_average_in_host_memory_waits_for_the_last_copy_alone(read, K, monkeypatch):
+    link, model = Link(), network()
+    here = [ModelEma(model, momentum=m, start=2) for m in (0.9, 0.5)[:K]]
+    update_emas(here)
+    monkeypatch.setattr("tritoncls.ema.staging", lambda ps, es: [(p, torch.empty_like(p)) for p in ps])
+    monkeypatch.setattr("tritoncls.ema.send", link.send)
+    there = [ModelEma(model, momentum=m, start=2) for m in (0.9, 0.5)[:K]]
+    step = stepper(model)
+    update_emas(there)
+    for n in range(2, 8):
+        step()
+        update_emas(here)
+        update_emas(there)
+        assert link.log[-2:] == [("wait", n - 1), ("send", n)]
+        if n % 3: continue
+        for a, b in zip(here, there, strict=True): assert_equal(READS[read](a), READS[read](b))
+        assert link.log[-1] == ("wait", n)
+    with there[-1].swap(): assert_equal(model.state_dict(), here[-1].module.state_dict())
+    step()
+    update_emas(there)
+    there[0].load_state_dict(here[0].state_dict())
+    assert_equal(there[0].module.state_dict(), here[0].module.state_dict())
+    assert link.log == [(word, n) for n in range(1, 9) for word in ("send", "wait")]
+
+
+def test_a_graph_cannot_average_in_host_memory(monkeypatch):
+    monkeypatch.setattr("tritoncls.ema.staging", lambda ps, es: [(p, torch.empty_like(p)) for p in ps])
+    with pytest.raises(UserError, match="capturable.*the model's device"): ModelEma(network(), capturable=True).update()
 
 
 def test_include_and_exclude():

@@ -6,15 +6,16 @@
 __all__ = ['STATES', 'ROUNDINGS', 'alpha_table', 'alpha_at', 'local', 'address', 'Places', 'places', 'fingerprint',
            'named_tensors', 'copied', 'retype', 'chosen', 'joined', 'compensated', 'some', 'check_names', 'as_ours',
            'kind', 'read_state', 'check_rounding', 'ModelEma', 'Prepared', 'matched', 'follow', 'followed',
-           'check_together', 'prepare', 'joint_schedule', 'update_emas', 'update_on_device', 'update_from_host',
-           'stage', 'ema_blend_']
+           'check_together', 'staging', 'send', 'blend_later', 'prepare', 'joint_schedule', 'update_emas',
+           'update_on_device', 'update_from_host', 'ema_blend_']
 
 # %% ../nbs/22_ema.ipynb #ca4b7e16
 import copy
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from operator import getitem
 from typing import Any, NamedTuple
@@ -244,7 +245,8 @@ class ModelEma:
         self.settings = dict(momentum=momentum, schedule=None if schedule is None else [*map(float, schedule)],
                              update_period=update_period, start=start, count_from=count_from)
         self.table = alpha_table(**self.settings)
-        self.model, self.module = model, copied(model).eval().requires_grad_(False)
+        self.model, self.pending = model, None  # pending: what is left of an update whose copies are on their way
+        self._module = copied(model).eval().requires_grad_(False)
         if device is not None: self.module.to(device)
         names = list(named_tensors(places(self.module)))
         if not names: raise UserError(f"{type(model).__name__} has no parameters or buffers to average")
@@ -258,6 +260,12 @@ class ModelEma:
         self.low = low if rounding == "split" else {}
         self.fill_halves(blended)
         self.count = torch.zeros((), dtype=torch.int64, device=local(self.tensors()[names[0]]).device) if capturable else 0
+
+    @property
+    def module(self) -> nn.Module:
+        "The averaged model, in evaluation mode."
+        if self.pending: self.pending()
+        return self._module
 
     def tensors(self) -> dict[str, torch.Tensor]:
         "The average's tensors by name."
@@ -414,6 +422,36 @@ def check_together(emas: Sequence[ModelEma]) -> None:
         raise UserError("averages updated together need the same include and exclude")
 
 # %% ../nbs/22_ema.ipynb #2e0576f6
+def staging(
+    ps: Sequence[torch.Tensor],                 # parameters
+    es: Sequence[torch.Tensor],                 # their shadows
+) -> list[tuple[torch.Tensor, torch.Tensor]]:   # each parameter and its copy; none if they are on one device
+    "Where the parameters wait for averages on another device; only host memory can be pinned."
+    if all(p.device == e.device for p, e in zip(ps, es, strict=True)): return []
+    pinned = lambda p, e: p.is_cuda and e.device.type == "cpu"
+    return [(p, torch.empty_like(p, device=e.device, pin_memory=pinned(p, e))) for p, e in zip(ps, es, strict=True)]
+
+
+def send(
+    staged: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> torch.cuda.Event | None:  # to wait for before the copies are read; None: streams see to it
+    "Copy the parameters to where the averages are."
+    for p, there in staged: there.copy_(p, non_blocking=p.is_cuda)
+    if not any(p.is_cuda and there.device.type == "cpu" for p, there in staged): return None
+    arrival = torch.cuda.Event()
+    arrival.record(torch.cuda.current_stream(staged[0][0].device))
+    return arrival
+
+
+def blend_later(emas: Sequence[ModelEma], arrival: torch.cuda.Event, blend: Callable[[], None]) -> None:
+    "Leave a blend until its copies have arrived and the averages are read or updated again."
+    def finish():
+        for ema in emas: ema.pending = None
+        arrival.synchronize()
+        blend()
+    for ema in emas: ema.pending = finish
+
+# %% ../nbs/22_ema.ipynb #33986eff
 @torch.no_grad()
 def prepare(emas: tuple[ModelEma, ...]) -> Prepared:
     "Match, check and plan."
@@ -423,10 +461,9 @@ def prepare(emas: tuple[ModelEma, ...]) -> Prepared:
     first, model = emas[0], places(emas[0].model)
     params = named_tensors(model)
     shadows = [followed(ema, params) for ema in emas]
-    ps, staged = [local(p).detach() for p in params.values()], []
-    if any(p.device != e.device for p, e in zip(ps, shadows[0], strict=True)):
-        staged = [(p, torch.empty_like(p, device=e.device, pin_memory=p.is_cuda)) for p, e in zip(ps, shadows[0], strict=True)]
-        ps = [copy for _, copy in staged]
+    ps = [local(p).detach() for p in params.values()]
+    if staged := staging(ps, shadows[0]): ps = [there for _, there in staged]
+    if staged and first.capturable: raise UserError("capturable=True is for an average on the model's device")
     low = lambda ema, es: [local(ema.low.get(name, e)) for name, e in zip(params, es, strict=True)]
     plan = make_plan(
         shadows, ps, resolve_backend(first.backend, ps[0]), names=list(params),
@@ -451,13 +488,14 @@ def update_emas(
     found_inf: torch.Tensor | None = None,  # capturable: not 0 on the device means that there was no step
 ) -> None:
     "Count one optimizer step and update several averages in one pass."
+    emas = tuple(emas)
     if any(ema.swapped for ema in emas): raise UserError("the model holds the average at present: no update inside of swap")
     if found_inf is not None and not emas[0].capturable:
         raise UserError("found_inf is read on the device: that needs capturable=True")
     if (graph := capturing()) and not emas[0].capturable:
         raise UserError("this average counts on the host, and every replay of a graph would repeat this step's alpha: "
                         "make it with ModelEma(model, capturable=True)")
-    ready = emas[0].plans.get(emas := tuple(emas))
+    ready = emas[0].plans.get(emas)
     if ready is None or [fingerprint(w) for w in ready.where] != ready.seen: ready = prepare(emas)
     for ema in emas:
         ema.plans[emas] = ready
@@ -468,7 +506,6 @@ def update_emas(
 
 def update_on_device(emas: Sequence[ModelEma], ready: Prepared, found_inf: torch.Tensor | None) -> None:
     "The counters and the tables are on the device."
-    stage(ready)
     blend_(ready.plan, ready.alphas, found_inf=found_inf, seed=0 if emas[0].rounding == "stochastic" else None)
     for ema in emas: ema.count.add_(1 if found_inf is None else (found_inf.reshape(()) == 0).long())
 
@@ -478,15 +515,12 @@ def update_from_host(emas: Sequence[ModelEma], ready: Prepared) -> None:
     for ema in emas: ema.count += 1
     alphas = [alpha_at(ema.table, ema.count, ema.settings["update_period"]) for ema in emas]
     if not any(alphas): return
-    stage(ready)
     if len(alphas) == 1: alpha = alphas[0]
     else:
         device = ready.plan.params[0].device
         alpha = torch.tensor(alphas, dtype=torch.float64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    blend_(ready.plan, alpha, seed=emas[0].count - 1 if emas[0].rounding == "stochastic" else None)
-
-
-def stage(ready: Prepared) -> None:
-    "Bring the parameters to where the averages are."
-    for p, copy_of_p in ready.staged: copy_of_p.copy_(p, non_blocking=True)
-    if ready.staged and ready.staged[0][0].is_cuda: torch.cuda.current_stream(ready.staged[0][0].device).synchronize()
+    for ema in emas:
+        if ema.pending: ema.pending()
+    blend = partial(blend_, ready.plan, alpha, seed=emas[0].count - 1 if emas[0].rounding == "stochastic" else None)
+    if arrival := send(ready.staged): blend_later(emas, arrival, blend)
+    else: blend()
