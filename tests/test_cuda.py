@@ -205,9 +205,9 @@ def test_a_replayed_schedule_equals_eager_over_1000_steps():
         with torch.no_grad():
             model[0].weight.add_(noise)
             model[1].num_batches_tracked.add_(1)
-        captured.update(found_inf)
+        captured.update(found_inf=found_inf)
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream): captured.update(torch.ones_like(found_inf))
+    with torch.cuda.stream(stream): captured.update(found_inf=torch.ones_like(found_inf))
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph): step()
@@ -330,7 +330,7 @@ def test_no_host_sync():
             cross_entropy_and_grad(logits, kind, grad_scale=1024.0)
             topk_correct(logits, kind)
         ema.update()
-        update_emas(counting, torch.zeros(1, device="cuda"))
+        update_emas(counting, found_inf=torch.zeros(1, device="cuda"))
 
 
 def test_captured_in_a_graph():

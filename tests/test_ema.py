@@ -81,6 +81,18 @@ def test_the_warm_up_of_timm():
     assert_equal(ours.module.state_dict(), timms.module.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+def test_the_options_of_timm():
+    timm = pytest.importorskip("timm.utils")
+    model = network()
+    ours = ModelEma(model, momentum=0.9, start=3 + 1, exclude=["running_", "num_batches"])
+    theirs, step = timm.ModelEmaV3(model, decay=0.9, update_after_step=3, exclude_buffers=True), stepper(model)
+    for n in range(9):
+        step()
+        ours.update()
+        theirs.update(model, step=n + 1)
+    assert_equal(ours.module.state_dict(), theirs.module.state_dict(), rtol=1e-5, atol=1e-6)
+
+
 def test_the_same_as_ema_pytorch():
     ema_pytorch = pytest.importorskip("ema_pytorch")
     model = network()
@@ -503,6 +515,96 @@ def test_names_and_shapes_that_do_not_match_are_named():
     with pytest.raises(UserError, match=r"4.weight: the average is \(10, 72\), the model \(11, 72\)"): ema.update()
     model[4] = nn.Linear(72, 10, device="meta")
     with pytest.raises(UserError, match="4.weight is on the meta device"): ema.update()
+
+
+def other_averages(model):
+    "States that people have, with the number of steps that they tell."
+    timm = pytest.importorskip("timm.utils")
+    from torch.optim.swa_utils import AveragedModel
+
+    averaged, wrapped, v1 = AveragedModel(model), AveragedModel(nn.DataParallel(model)), timm.ModelEma(model, decay=0.9)
+    for _ in range(3): averaged.update_parameters(model)
+    yield "a model", model.state_dict(), None
+    yield "a compiled model", torch.compile(model, backend="eager").state_dict(), None
+    yield "a wrapped model", nn.DataParallel(model).state_dict(), None
+    yield "timm, first version", v1.ema.state_dict(), None
+    yield "timm, second version", timm.ModelEmaV2(model, decay=0.9).state_dict(), None
+    yield "timm, third version", timm.ModelEmaV3(model, decay=0.9).state_dict(), None
+    yield "torch", averaged.state_dict(), 3
+    yield "torch, of a wrapped model", wrapped.state_dict(), 0
+    yield "ours, without the rest", {"module": model.state_dict()}, None
+
+
+@pytest.mark.parametrize("capturable", (False, True))
+def test_states_of_models_and_of_other_averages(capturable, tmp_path):
+    source = network(seed=1)
+    source[1].num_batches_tracked += 9
+    for name, state, steps in other_averages(source):
+        for options in (dict(capturable=capturable), dict(dtype=torch.bfloat16, rounding="split")):
+            ema = ModelEma(network(), momentum=0.9, start=1, **options)
+            for _ in range(5): ema.update()
+            torch.save(state, tmp_path / "state.pt")
+            ema.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+            assert_equal(ema.weights(), source.state_dict())
+            assert ema.steps == (5 if steps is None else steps) and ema.settings["momentum"] == 0.9, name
+
+
+def test_an_average_of_torch_goes_on_here():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+    for function, options in ((get_ema_multi_avg_fn(0.9), dict(momentum=0.9, start=1)),
+                              (get_swa_multi_avg_fn(), dict(schedule=momentum_schedule("swa", 6)))):
+        model = network()
+        theirs, step = AveragedModel(model, multi_avg_fn=function), stepper(model)
+        ours = ModelEma(model, **options)
+        for n in range(6):
+            step()
+            if n == 3: ours.load_state_dict(theirs.state_dict())
+            theirs.update_parameters(model)
+            if n >= 3: ours.update()
+        assert ours.steps == theirs.n_averaged == 6
+        assert_equal(*(dict(a.module.named_parameters()) for a in (ours, theirs)), rtol=1e-6, atol=1e-7)
+
+
+def test_states_that_do_not_fit_are_refused_with_names():
+    ema, state = ModelEma(network()), network(seed=1).state_dict()
+    before = copy.deepcopy(ema.state_dict())
+    lacks = {name: t for name, t in state.items() if not name.startswith("1.running")}
+    cases = {
+        r"missing: 1.running_mean, 1.running_var; states of ModelEma, a model, timm's": lacks,
+        r"unexpected: 4.extra;": state | {"4.extra": torch.zeros(1)},
+        r"missing: 0.bias, 0.weight, 1.bias and 6 more; unexpected: arch, epoch, state_dict and 1 more; perhaps you mean its "
+        r"entry 'state_dict', 'state_dict_ema'": dict(epoch=3, arch="x", state_dict=state, state_dict_ema=state),
+        r"missing: 0.bias.*; unexpected: decay, num_updates, shadow_params": dict(decay=0.9, num_updates=3, shadow_params=[]),
+        r"4.weight is \(11, 72\) in the state, \(10, 72\) in the average": state | {"4.weight": torch.zeros(11, 72)},
+        r"4.bias is int in the state, \(10,\) in the average": state | {"4.bias": 1},
+        r"unexpected: 9.weight": before | dict(low={"9.weight": torch.zeros(1)}),
+        "a state is a dictionary, not a Sequential": network()}
+    for message, wrong in cases.items():
+        with pytest.raises(UserError, match=message): ema.load_state_dict(wrong)
+    assert_equal(ema.state_dict()["module"], before["module"])
+
+
+def test_what_users_of_other_libraries_write_first():
+    model = network()
+    ema = ModelEma(model, momentum=0.5)
+    with pytest.raises(UserError, match=r"update takes no model.*write ema.update\(\)"): ema.update(model)
+    with pytest.raises(UserError, match=r"write ema.update\(\)"): ema.update(model, 7)
+    with pytest.raises(UserError, match=r"write ema.update\(found_inf=found_inf\)"): ema.update(torch.ones(1))
+    assert ema.steps == 0
+    with pytest.raises(AttributeError, match=r"no 'set'.*write ema.load_state_dict\(model.state_dict\(\)\)"): ema.set(model)
+    with pytest.raises(AttributeError, match=r"no 'ema_model'.*write ema.module"): _ = ema.ema_model
+    with pytest.raises(AttributeError, match="no 'sett'"): _ = ema.sett
+    assert not hasattr(ema, "update_parameters")
+    for options, message in (
+            (dict(decay=0.9), "'decay'.*write momentum=0.9"), (dict(beta=0.9), "'beta'.*write momentum=0.9"),
+            (dict(update_after_step=3), r"'update_after_step'.*write start=3 \+ 1"), (dict(use_warmup=True), "inverse_gamma"),
+            (dict(exclude_buffers=True), r"exclude=\['running_', 'num_batches'\]"), (dict(avg_fn=min), "schedule="),
+            (dict(momentun=0.9), r"'momentun'; allowed: momentum, schedule, update_period, .*, backend$")):
+        with pytest.raises(UserError, match=message): ModelEma(model, **options)
+    with pytest.raises(UserError, match="write momentum=0.9"): ModelEma(model, 0.9)
+    ema.load_state_dict(network(seed=1).state_dict())
+    assert_equal(ema.module.state_dict(), network(seed=1).state_dict())
 
 
 def test_compiled_and_wrapped_models():
