@@ -182,7 +182,8 @@ KILLED = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
-from tritoncls.cli import can_resume, run, run_config
+from tritoncls.checkpoint import resumable
+from tritoncls.cli import run, run_config
 torch.set_num_threads(1)
 KEYS = ["solver.max_epoch=4", "model.args.widths=[8]", "batch_size=128", "device=cpu", "log_every_n_iter=2"]
 
@@ -191,7 +192,7 @@ def begin(folder):
     child = os.fork()
     if child: return child
     sys.stdout = open(os.devnull, "w")
-    try: run(run_config(None, can_resume(folder), [*KEYS, f"output_dir={folder}"]), can_resume(folder))
+    try: run(run_config(None, resumable(folder), [*KEYS, f"output_dir={folder}"]), resumable(folder))
     except BaseException as error:
         print(repr(error), file=sys.stderr, flush=True)
         os._exit(1)
@@ -209,7 +210,7 @@ for n in range(20):
     time.sleep(draw.uniform(0, whole))
     os.kill(child, signal.SIGKILL)
     killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    if not can_resume(folder): shutil.rmtree(folder, ignore_errors=True)
+    if not resumable(folder): shutil.rmtree(folder, ignore_errors=True)
     assert os.waitpid(begin(folder), 0)[1] == 0, folder
     assert weights(folder) == want, folder
 print(f"{killed} of 20 were killed while they ran")

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'Place', 'rng_state', 'set_rng_state', 'steps_each', 'images_per_iter', 'trainer_state', 'previous',
-           'replace', 'save_checkpoint', 'save_trainer', 'finish_saving', 'read_checkpoint', 'load_checkpoint',
-           'leaves', 'changed_keys', 'shortened', 'load_parts', 'own_tensor', 'share_place', 'shared_out',
-           'iterations_done', 'restore', 'save_weights', 'prediction_metadata', 'load_weights', 'weights_metadata',
-           'merge_weights']
+           'resumable', 'way_on', 'replace', 'save_checkpoint', 'save_trainer', 'finish_saving', 'read_checkpoint',
+           'load_checkpoint', 'leaves', 'changed_keys', 'shortened', 'load_parts', 'own_tensor', 'share_place',
+           'shared_out', 'iterations_done', 'restore', 'save_weights', 'prediction_metadata', 'load_weights',
+           'weights_metadata', 'merge_weights']
 
 # %% ../nbs/41_checkpoint.ipynb #11adec48
 import json
 import os
 import pickle
 import random
+import shlex
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +31,7 @@ from torch import nn
 from .config import Config, dump_yaml, read_yaml
 from .distributed import from_first, is_sharded
 from .files import remove, second_name, write_atomically
+from .logs import LATEST
 from .runtime import UserError, unwrapped
 from .sharded import Route, read_sharded, replaced, save_sharded
 from .trainer import ClsTrainer, steps_per_epoch
@@ -81,6 +83,19 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
+def resumable(
+    folder: Path,      # of a run
+) -> Path | None:      # the latest, or, without it, the one before
+    "The checkpoint that a resumed run goes on from, if there is one."
+    return next((path for path in (folder / LATEST, previous(folder / LATEST)) if path.exists()), None)
+
+
+def way_on(folder: Path) -> str:
+    "What to say after a run has failed: how to go on; nothing where there is no checkpoint."
+    file = resumable(folder)
+    return f"--resume output_dir={shlex.quote(str(folder))} goes on from {file}" if file else ""
+
+# %% ../nbs/41_checkpoint.ipynb #e092dd83
 def replace(path: Path, name: Path) -> None:
     "Rename a file or folder; what has the name goes."
     if path.is_dir() or name.is_dir(): remove(name)

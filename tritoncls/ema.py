@@ -28,7 +28,7 @@ from torch import nn
 from .kernels.ema_blend import Plan, Schedule, blend_, ema_blend_, make_plan
 from .kernels.multi_tensor import capturing, is_dense
 from .kernels.rounding import join_halves_reference, split_halves_reference
-from .runtime import UserError, bare, resolve_backend, unwrapped
+from .runtime import UserError, bare, resolve_backend, unwrapped, widest
 
 _all_ = [ema_blend_]
 
@@ -557,7 +557,7 @@ def update_from_host(emas: Sequence[ModelEma], ready: Prepared) -> None:
     if len(alphas) == 1: alpha = alphas[0]
     else:
         device = ready.plan.params[0].device
-        alpha = torch.tensor(alphas, dtype=torch.float64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        alpha = torch.tensor(alphas, dtype=widest(device), pin_memory=device.type == "cuda").to(device, non_blocking=True)
     for ema in emas:
         if ema.pending: ema.pending()
     blend = partial(blend_, ready.plan, alpha, seed=emas[0].count - 1 if emas[0].rounding == "stochastic" else None)

@@ -18,7 +18,7 @@ from .config import Config
 from .ema import fingerprint, places
 from .kernels.rows import Target
 from .meters import scalar
-from .runtime import UserError, in_group
+from .runtime import UserError, in_group, require_triton
 from .solver import STATIC_SCALE, Solver
 from .trainer import ClsTrainer, micro_batch
 
@@ -34,6 +34,7 @@ def check_trace(
     "An error if this run cannot be traced as the configuration says."
     if cfg.trace != "off" and (world_size > 1 or in_group()):
         raise UserError(f"trace = {cfg.trace!r} is for a run without torchrun at present; allowed here: off")
+    if cfg.trace == "compile" and device.type == "cuda": require_triton("trace = 'compile' on a GPU")
     if cfg.trace != "graph": return
     if device.type != "cuda":
         raise UserError(f"trace = 'graph' needs a GPU, and the device is {device}; allowed here: off, compile")

@@ -14,13 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..runtime import UserError, launching, resolve_backend, values_are_checked
+from ..runtime import UserError, launching, resolve_backend, tl, triton, values_are_checked, widest
 from .multi_tensor import CHUNK, WIDE, Side, address_table, capturing, memory_order, same_layout
 from .rounding import (
     join_halves, join_halves_reference, round_stochastic, round_stochastic_reference, split_halves, split_halves_reference)
-
-import triton
-import triton.language as tl
 
 # %% ../../nbs/15_ema_blend.ipynb #93c0a424
 def ema_blend_reference(
@@ -274,7 +271,7 @@ def alphas_of(
         if found_inf is not None: alpha = torch.where(found_inf.reshape(()) == 0, alpha, 0.0)
         return alpha.tolist() if on_cpu else list(alpha)
     if found_inf is None: return [alpha] * K
-    return alphas_of(torch.tensor(alpha, dtype=torch.float64, device=found_inf.device), K, found_inf, on_cpu)
+    return alphas_of(torch.tensor(alpha, dtype=widest(found_inf.device), device=found_inf.device), K, found_inf, on_cpu)
 
 
 def blend_rest_(plan: Plan, alpha, found_inf: torch.Tensor | None, seed: int | None) -> None:
@@ -282,12 +279,13 @@ def blend_rest_(plan: Plan, alpha, found_inf: torch.Tensor | None, seed: int | N
     K, on_cpu = len(plan.shadows), plan.params[0].device.type == "cpu"
     if seed is not None: seed = (seed + (int(alpha.step) if isinstance(alpha, Schedule) else 0)) * K
     for k, a in enumerate(alphas_of(alpha, K, found_inf, on_cpu)):
-        if isinstance(a, float | int) and a == 0: continue
+        known = isinstance(a, float | int)  # to the host
+        if known and a == 0: continue
         plain = []
         for i in plan.rest:
             e, p = plan.shadows[k][i], plan.params[i]
-            if plan.copied[i]: e.copy_(p if on_cpu else torch.where(a == 0, e, p.to(e.dtype)))
-            elif plan.low or seed is not None or not on_cpu:
+            if plan.copied[i]: e.copy_(p if known else torch.where(a == 0, e, p.to(e.dtype)))
+            elif plan.low or seed is not None or not known:
                 low = plan.low[k][i] if plan.low else None
                 ema_blend_reference(e, p, a, low, None if seed is None else seed + k, plan.first[i])
             else: plain.append((e, p if p.dtype == e.dtype else p.to(e.dtype)))

@@ -27,9 +27,7 @@ from . import cross_entropy as ce
 from . import ema_blend, rank
 from .machine_code import (
     LOADED, TARGETS, Access, Launch, accesses, compile_launch, record_launches, resources)
-from ..runtime import UserError
-
-import triton
+from ..runtime import UserError, require_triton, triton
 
 # %% ../../nbs/19_inspect.ipynb #e97ac357
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -203,6 +201,7 @@ def report(
     "What every kernel compiles to; without a GPU, and from the cache where that is possible."
     if unknown := [target for target in targets if target not in TARGETS]:
         raise UserError(f"target {unknown[0]!r} is not known; allowed: {', '.join(TARGETS)}")
+    require_triton("the report")
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         raise UserError(f"the report speaks to the compiler of Triton 3.3 and later, not {triton.__version__}")
     rows = {target: json.loads(cache_file(target).read_text()) for target in targets if cache_file(target).is_file()}

@@ -9,10 +9,7 @@ __all__ = ['MULTIPLIERS', 'CUT_BITS', 'NAN_BITS', 'hash32', 'round_stochastic_re
 # %% ../../nbs/08_rounding.ipynb #9fdf028a
 import torch
 
-from ..runtime import UserError
-
-import triton
-import triton.language as tl
+from ..runtime import UserError, tl, triton
 
 # %% ../../nbs/08_rounding.ipynb #b8f66dd2
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
