@@ -205,9 +205,9 @@ def test_a_replayed_schedule_equals_eager_over_1000_steps():
         with torch.no_grad():
             model[0].weight.add_(noise)
             model[1].num_batches_tracked.add_(1)
-        captured.update(found_inf)
+        captured.update(found_inf=found_inf)
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream): captured.update(torch.ones_like(found_inf))
+    with torch.cuda.stream(stream): captured.update(found_inf=torch.ones_like(found_inf))
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph): step()
@@ -276,6 +276,35 @@ def test_the_average_in_host_memory():
     with there.swap(): assert torch.equal(model[0].weight.cpu(), there.module[0].weight)
 
 
+def test_an_average_in_host_memory_waits_for_the_copy_before_alone():
+    model = torch.nn.Linear(512, 512).cuda()
+    here, there = ModelEma(model, momentum=0.5), ModelEma(model, momentum=0.5, device="cpu")
+    for ema in (here, there): ema.update()
+    torch.cuda.synchronize()
+    for _ in range(3):
+        torch.cuda._sleep(500_000_000)  # cycles, a quarter of a second
+        with torch.no_grad(): model.weight.mul_(1.5)
+        busy = torch.cuda.Event()
+        busy.record()
+        there.update()
+        assert not busy.query()
+        here.update()
+        torch.cuda.synchronize()
+    torch.testing.assert_close(there.module.weight, here.module.weight.cpu())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_average_on_another_gpu():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 65), torch.nn.BatchNorm1d(65)).cuda(0)
+    here, there = ModelEma(model, momentum=0.9), ModelEma(model, momentum=0.9, device="cuda:1")
+    for _ in range(5):
+        with torch.no_grad(): model[0].weight.mul_(1.5)
+        here.update()
+        there.update()
+    for a, b in zip(here.module.state_dict().values(), there.module.state_dict().values(), strict=True):
+        assert b.device == torch.device("cuda:1") and torch.equal(a.cpu(), b.cpu())
+
+
 def test_a_model_that_moves_to_the_gpu_takes_its_average_along():
     model = torch.nn.Sequential(torch.nn.Linear(64, 65), torch.nn.BatchNorm1d(65))
     ema = ModelEma(model, momentum=0.5)
@@ -301,7 +330,7 @@ def test_no_host_sync():
             cross_entropy_and_grad(logits, kind, grad_scale=1024.0)
             topk_correct(logits, kind)
         ema.update()
-        update_emas(counting, torch.zeros(1, device="cuda"))
+        update_emas(counting, found_inf=torch.zeros(1, device="cuda"))
 
 
 def test_captured_in_a_graph():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tritoncls.ema import ModelEma, alpha_at, ema_blend_, update_emas
+from tritoncls.ema import ModelEma, alpha_at, ema_blend_, send, update_emas
 from tritoncls.kernels.ema_blend import make_plan
 from tritoncls.kernels.multi_tensor import address_table
 from tritoncls.kernels.rounding import split_halves_reference
@@ -79,6 +79,18 @@ def test_the_warm_up_of_timm():
         ours.update()
         timms.update(model, step=n + 1)
     assert_equal(ours.module.state_dict(), timms.module.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_options_of_timm():
+    timm = pytest.importorskip("timm.utils")
+    model = network()
+    ours = ModelEma(model, momentum=0.9, start=3 + 1, exclude=["running_", "num_batches"])
+    theirs, step = timm.ModelEmaV3(model, decay=0.9, update_after_step=3, exclude_buffers=True), stepper(model)
+    for n in range(9):
+        step()
+        ours.update()
+        theirs.update(model, step=n + 1)
+    assert_equal(ours.module.state_dict(), theirs.module.state_dict(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_same_as_ema_pytorch():
@@ -358,6 +370,96 @@ def test_the_table_of_a_captured_blend_is_kept():
     assert alive(tables) == [True, False]
 
 
+class OnGpu(torch.Tensor):
+    "A tensor in host memory that says that it is not."
+    is_cuda = True
+
+
+def test_an_average_on_another_gpu_is_not_pinned(monkeypatch):
+    empty_like = torch.empty_like
+
+    def as_torch_does(tensor, *, device=None, pin_memory=False, **options):
+        if pin_memory and torch.device(device).type != "cpu": raise RuntimeError("Only dense CPU tensors can be pinned")
+        return empty_like(tensor, device=device, **options)
+    monkeypatch.setattr(torch, "empty_like", as_torch_does)
+    ema = ModelEma(model := nn.Linear(3, 2), device="meta", backend="torch")  # meta: the other GPU
+    for name, p in [*model.named_parameters()]: setattr(model, name, nn.Parameter(p.detach().as_subclass(OnGpu)))
+    for _ in range(2): ema.update()
+    assert ema.steps == 2
+    [ready] = ema.plans.values()
+    assert [copy.device.type for _, copy in ready.staged] == ["meta", "meta"]
+
+
+def test_parameters_are_sent_without_waiting(monkeypatch):
+    log = []
+
+    class Event:
+        def record(self, stream): log.append(("record", stream))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")  # that cannot be waited for
+    monkeypatch.setattr(OnGpu, "__torch_function__", torch._C._disabled_torch_function_impl)
+    here, gpu = torch.zeros(3), torch.arange(3.0).as_subclass(OnGpu)
+    assert isinstance(send([(gpu, here)]), Event) and log == [("record", "stream")] and here.tolist() == [0, 1, 2]
+    other = torch.zeros(3).as_subclass(OnGpu)
+    monkeypatch.setattr(OnGpu, "device", torch.device("cuda:1"))
+    assert send([(gpu, other)]) is None and send([]) is None and send([(here, other)]) is None and len(log) == 1
+    assert other.tolist() == [0, 1, 2]
+
+
+class Link:
+    "Copies that arrive when somebody waits for them; until then there is nothing."
+    def __init__(self): self.log = []
+
+    def send(self, staged):
+        if not staged: return None
+        sent, n = [(there, p.clone()) for p, there in staged], sum(word == "send" for word, _ in self.log) + 1
+        for there, p in sent: there.fill_(float("nan") if p.is_floating_point() else -1)
+        self.log.append(("send", n))
+
+        class Arrival:
+            def synchronize(_):
+                self.log.append(("wait", n))
+                for there, p in sent: there.copy_(p)
+        return Arrival()
+
+
+READS = {
+    "module": lambda ema: ema.module.state_dict(), "weights": lambda ema: ema.weights(),
+    "state_dict": lambda ema: ema.state_dict()["module"], "tensors": lambda ema: ema.tensors()}
+
+
+@pytest.mark.parametrize("K", (1, 2))
+@pytest.mark.parametrize("read", READS)
+def test_an_average_in_host_memory_waits_for_the_last_copy_alone(read, K, monkeypatch):
+    link, model = Link(), network()
+    here = [ModelEma(model, momentum=m, start=2) for m in (0.9, 0.5)[:K]]
+    update_emas(here)
+    monkeypatch.setattr("tritoncls.ema.staging", lambda ps, es: [(p, torch.empty_like(p)) for p in ps])
+    monkeypatch.setattr("tritoncls.ema.send", link.send)
+    there = [ModelEma(model, momentum=m, start=2) for m in (0.9, 0.5)[:K]]
+    step = stepper(model)
+    update_emas(there)
+    for n in range(2, 8):
+        step()
+        update_emas(here)
+        update_emas(there)
+        assert link.log[-2:] == [("wait", n - 1), ("send", n)]
+        if n % 3: continue
+        for a, b in zip(here, there, strict=True): assert_equal(READS[read](a), READS[read](b))
+        assert link.log[-1] == ("wait", n)
+    with there[-1].swap(): assert_equal(model.state_dict(), here[-1].module.state_dict())
+    step()
+    update_emas(there)
+    there[0].load_state_dict(here[0].state_dict())
+    assert_equal(there[0].module.state_dict(), here[0].module.state_dict())
+    assert link.log == [(word, n) for n in range(1, 9) for word in ("send", "wait")]
+
+
+def test_a_graph_cannot_average_in_host_memory(monkeypatch):
+    monkeypatch.setattr("tritoncls.ema.staging", lambda ps, es: [(p, torch.empty_like(p)) for p in ps])
+    with pytest.raises(UserError, match="capturable.*the model's device"): ModelEma(network(), capturable=True).update()
+
+
 def test_include_and_exclude():
     model = network().bfloat16()
     ema = ModelEma(model, momentum=0.5, exclude=[r"running_"], include=[r"^1\.", r"weight$"])
@@ -413,6 +515,96 @@ def test_names_and_shapes_that_do_not_match_are_named():
     with pytest.raises(UserError, match=r"4.weight: the average is \(10, 72\), the model \(11, 72\)"): ema.update()
     model[4] = nn.Linear(72, 10, device="meta")
     with pytest.raises(UserError, match="4.weight is on the meta device"): ema.update()
+
+
+def other_averages(model):
+    "States that people have, with the number of steps that they tell."
+    timm = pytest.importorskip("timm.utils")
+    from torch.optim.swa_utils import AveragedModel
+
+    averaged, wrapped, v1 = AveragedModel(model), AveragedModel(nn.DataParallel(model)), timm.ModelEma(model, decay=0.9)
+    for _ in range(3): averaged.update_parameters(model)
+    yield "a model", model.state_dict(), None
+    yield "a compiled model", torch.compile(model, backend="eager").state_dict(), None
+    yield "a wrapped model", nn.DataParallel(model).state_dict(), None
+    yield "timm, first version", v1.ema.state_dict(), None
+    yield "timm, second version", timm.ModelEmaV2(model, decay=0.9).state_dict(), None
+    yield "timm, third version", timm.ModelEmaV3(model, decay=0.9).state_dict(), None
+    yield "torch", averaged.state_dict(), 3
+    yield "torch, of a wrapped model", wrapped.state_dict(), 0
+    yield "ours, without the rest", {"module": model.state_dict()}, None
+
+
+@pytest.mark.parametrize("capturable", (False, True))
+def test_states_of_models_and_of_other_averages(capturable, tmp_path):
+    source = network(seed=1)
+    source[1].num_batches_tracked += 9
+    for name, state, steps in other_averages(source):
+        for options in (dict(capturable=capturable), dict(dtype=torch.bfloat16, rounding="split")):
+            ema = ModelEma(network(), momentum=0.9, start=1, **options)
+            for _ in range(5): ema.update()
+            torch.save(state, tmp_path / "state.pt")
+            ema.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+            assert_equal(ema.weights(), source.state_dict())
+            assert ema.steps == (5 if steps is None else steps) and ema.settings["momentum"] == 0.9, name
+
+
+def test_an_average_of_torch_goes_on_here():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+    for function, options in ((get_ema_multi_avg_fn(0.9), dict(momentum=0.9, start=1)),
+                              (get_swa_multi_avg_fn(), dict(schedule=momentum_schedule("swa", 6)))):
+        model = network()
+        theirs, step = AveragedModel(model, multi_avg_fn=function), stepper(model)
+        ours = ModelEma(model, **options)
+        for n in range(6):
+            step()
+            if n == 3: ours.load_state_dict(theirs.state_dict())
+            theirs.update_parameters(model)
+            if n >= 3: ours.update()
+        assert ours.steps == theirs.n_averaged == 6
+        assert_equal(*(dict(a.module.named_parameters()) for a in (ours, theirs)), rtol=1e-6, atol=1e-7)
+
+
+def test_states_that_do_not_fit_are_refused_with_names():
+    ema, state = ModelEma(network()), network(seed=1).state_dict()
+    before = copy.deepcopy(ema.state_dict())
+    lacks = {name: t for name, t in state.items() if not name.startswith("1.running")}
+    cases = {
+        r"missing: 1.running_mean, 1.running_var; states of ModelEma, a model, timm's": lacks,
+        r"unexpected: 4.extra;": state | {"4.extra": torch.zeros(1)},
+        r"missing: 0.bias, 0.weight, 1.bias and 6 more; unexpected: arch, epoch, state_dict and 1 more; perhaps you mean its "
+        r"entry 'state_dict', 'state_dict_ema'": dict(epoch=3, arch="x", state_dict=state, state_dict_ema=state),
+        r"missing: 0.bias.*; unexpected: decay, num_updates, shadow_params": dict(decay=0.9, num_updates=3, shadow_params=[]),
+        r"4.weight is \(11, 72\) in the state, \(10, 72\) in the average": state | {"4.weight": torch.zeros(11, 72)},
+        r"4.bias is int in the state, \(10,\) in the average": state | {"4.bias": 1},
+        r"unexpected: 9.weight": before | dict(low={"9.weight": torch.zeros(1)}),
+        "a state is a dictionary, not a Sequential": network()}
+    for message, wrong in cases.items():
+        with pytest.raises(UserError, match=message): ema.load_state_dict(wrong)
+    assert_equal(ema.state_dict()["module"], before["module"])
+
+
+def test_what_users_of_other_libraries_write_first():
+    model = network()
+    ema = ModelEma(model, momentum=0.5)
+    with pytest.raises(UserError, match=r"update takes no model.*write ema.update\(\)"): ema.update(model)
+    with pytest.raises(UserError, match=r"write ema.update\(\)"): ema.update(model, 7)
+    with pytest.raises(UserError, match=r"write ema.update\(found_inf=found_inf\)"): ema.update(torch.ones(1))
+    assert ema.steps == 0
+    with pytest.raises(AttributeError, match=r"no 'set'.*write ema.load_state_dict\(model.state_dict\(\)\)"): ema.set(model)
+    with pytest.raises(AttributeError, match=r"no 'ema_model'.*write ema.module"): _ = ema.ema_model
+    with pytest.raises(AttributeError, match="no 'sett'"): _ = ema.sett
+    assert not hasattr(ema, "update_parameters")
+    for options, message in (
+            (dict(decay=0.9), "'decay'.*write momentum=0.9"), (dict(beta=0.9), "'beta'.*write momentum=0.9"),
+            (dict(update_after_step=3), r"'update_after_step'.*write start=3 \+ 1"), (dict(use_warmup=True), "inverse_gamma"),
+            (dict(exclude_buffers=True), r"exclude=\['running_', 'num_batches'\]"), (dict(avg_fn=min), "schedule="),
+            (dict(momentun=0.9), r"'momentun'; allowed: momentum, schedule, update_period, .*, backend$")):
+        with pytest.raises(UserError, match=message): ModelEma(model, **options)
+    with pytest.raises(UserError, match="write momentum=0.9"): ModelEma(model, 0.9)
+    ema.load_state_dict(network(seed=1).state_dict())
+    assert_equal(ema.module.state_dict(), network(seed=1).state_dict())
 
 
 def test_compiled_and_wrapped_models():

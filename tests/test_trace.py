@@ -137,8 +137,8 @@ class TapeRecorder:
         self.recorded += 1
         tape, update = Tape(), ModelEma.update
 
-        def one_entry(ema, found_inf=None):
-            call = lambda: update(ema, found_inf)
+        def one_entry(ema, *, found_inf):
+            call = lambda: update(ema, found_inf=found_inf)
             tape.entries.append((call, (), {}, [None]))
             with torch.utils._python_dispatch._disable_current_modes(): call()
         ModelEma.update = one_entry
