@@ -19,7 +19,7 @@ def promised(row: dict) -> int:
 
 
 def skip_old_compilers():
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         pytest.skip("the report speaks to the compiler of Triton 3.3 and later")
 
