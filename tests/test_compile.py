@@ -11,7 +11,7 @@ import pytest
 
 import tritoncls
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 WIDE = 128  # bits
 

@@ -16,10 +16,10 @@ from tritoncls.ema import ModelEma, alpha_at, ema_blend_, send, update_emas
 from tritoncls.kernels.ema_blend import make_plan
 from tritoncls.kernels.multi_tensor import address_table
 from tritoncls.kernels.rounding import split_halves_reference
-from tritoncls.runtime import INTERPRETER, UserError
+from tritoncls.runtime import INTERPRETER, UserError, backends_on
 from tritoncls.schedules import momentum_schedule
 
-BACKENDS = ("torch", "triton") if INTERPRETER else ("torch",)
+BACKENDS = backends_on("cpu")
 
 
 def network(seed=0):
@@ -625,6 +625,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from tritoncls.ema import ModelEma
+from tritoncls.runtime import backends_on
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(0)
@@ -646,7 +647,7 @@ mesh = torch.distributed.init_device_mesh("cpu", (world,))
 sharded = nn.Linear(6, 8)
 full = {n: p.detach().clone() for n, p in sharded.named_parameters()}
 for n in full: setattr(sharded, n, nn.Parameter(distribute_tensor(full[n], mesh, [Shard(0)])))
-for backend in ("torch", "triton"):
+for backend in backends_on("cpu"):
     ema = ModelEma(sharded, momentum=0.75, backend=backend)
     with torch.no_grad():
         for p in sharded.parameters(): p.add_(1)
@@ -694,7 +695,7 @@ def test_data_parallel_and_sharded_parameters(tmp_path):
     (tmp_path / "program.py").write_text(DISTRIBUTED)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "program.py"],
-        capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()})
+        capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stdout.count("all well") == 2, done.stderr[-3000:]
 
 

@@ -11,7 +11,7 @@ from tritoncls.kernels import inspect
 from tritoncls.kernels.machine_code import LOADED, Access, Launch
 from tritoncls.runtime import UserError
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 KEYS = ["kernel", "plan", "shape", "dtype", "registers", "spill_bytes", "shared_bytes", "narrowest_bits", "bytes_per_element",
         "least_us"]
 

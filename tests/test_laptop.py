@@ -27,11 +27,10 @@ ROOT = Path(__file__).parents[1]
 NO_TRITON = str(Path(__file__).parent / "without_triton")  # on PYTHONPATH it hides Triton from Python
 
 
-def python(code: str, **environment) -> str:
-    "Run code in a process that finds no Triton, and return what it prints."
-    path = os.pathsep.join([NO_TRITON, str(ROOT), os.environ.get("PYTHONPATH", "")])
+def python(code: str, first: str = NO_TRITON) -> str:
+    "Run code in a process that looks for modules in `first` first, and return what it prints."
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "PYTHONPATH": path, **environment})
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join([first, str(ROOT)])})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -72,9 +71,8 @@ torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x, y, label_s
 
 def test_a_triton_that_does_not_load_is_named(tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('libtriton.so: wrong ELF class')\n")
-    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    assert python("from tritoncls.runtime import WHY_NO_TRITON; print(WHY_NO_TRITON)", PYTHONPATH=path) == \
-        "libtriton.so: wrong ELF class\n"
+    said = python("from tritoncls.runtime import WHY_NO_TRITON; print(WHY_NO_TRITON)", str(tmp_path))
+    assert said == "libtriton.so: wrong ELF class\n"
 
 
 def test_compiling_for_a_gpu_without_triton_is_refused_before_training(monkeypatch):

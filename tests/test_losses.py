@@ -18,9 +18,10 @@ from tritoncls.kernels.cross_entropy import Options, cross_entropy_reference
 from tritoncls.losses import (
     CrossEntropyLoss, MixedTarget, binary_cross_entropy, binary_cross_entropy_and_grad, cross_entropy, cross_entropy_and_grad,
     topk_correct)
-from tritoncls.runtime import UserError
+from tritoncls.runtime import UserError, backends_on
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in the interpreter")
+BACKENDS = backends_on("cpu")
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -73,7 +74,7 @@ BOTH = [  # ours with its gradient, the formula, its options
 
 @pytest.mark.parametrize(("loss", "reference", "options"), LOSSES)
 @settings(max_examples=120, deadline=None)
-@given(problems(), st.sampled_from([0.0, 0.1]), st.sampled_from(["none", "sum"]), st.sampled_from(["torch", "triton"]))
+@given(problems(), st.sampled_from([0.0, 0.1]), st.sampled_from(["none", "sum"]), st.sampled_from(BACKENDS))
 def test_loss_and_gradient_are_those_of_the_formula_in_fp64(loss, reference, options, problem, smoothing, reduction, backend):
     x, target = problem
     chosen = dict(label_smoothing=smoothing, reduction=reduction)
@@ -85,7 +86,7 @@ def test_loss_and_gradient_are_those_of_the_formula_in_fp64(loss, reference, opt
 
 
 @settings(max_examples=80, deadline=None)
-@given(problems(), st.sampled_from(["torch", "triton"]))
+@given(problems(), st.sampled_from(BACKENDS))
 def test_counts_are_those_of_a_stable_sort(problem, backend):
     x, target = problem
     order = x.float().sort(dim=1, descending=True, stable=True).indices
@@ -122,7 +123,7 @@ def test_the_gradient_may_be_written_over_the_logits(both, reference, options, C
     places = lambda y: (order == y[:, None]).int().argmax(1)
     ranks = {"ids": lambda: places(y[0]), "mixed": lambda: torch.stack([places(y[0]), places(y[1])], 1),
              "dense": lambda: places(target.argmax(1))}[kind]()
-    for backend in ("torch", "triton"):
+    for backend in BACKENDS:
         logits = x.clone()
         out, dx = both(logits, target, **chosen, inplace=True, return_rank=True, backend=backend)
         assert dx.data_ptr() == logits.data_ptr() and out.rank.tolist() == ranks.tolist()
@@ -374,6 +375,7 @@ for parts in ((y, None, None, None), (y, y, lam, None), (None, None, None, torch
 """
 
 
+@pytest.mark.triton
 def test_loss_and_gradient_are_two_launches():
     "The zeros are the counter of arrivals, which on a GPU is made once, and the test's own."
     done = subprocess.run([sys.executable, "-c", LAUNCHES], capture_output=True, text=True, timeout=100,

@@ -192,7 +192,7 @@ def bench(
     print(f"{'case':50} {'way':22}" + " ".join(f"{name:>{width}}" for name, (width, _) in WIDTHS.items()))
     keep = None if file is None else partial(write_result, file=file, part=part)
     result = run(ALL if part == "all" else (part,), device, partial(print_rows, first={}), keep)
-    print(f"{result['device']}; torch {torch.__version__}, Triton {result['versions']['triton'] or 'not there'}; "
+    print(f"{result['device']}; torch {torch.__version__}, Triton {getattr(triton, '__version__', 'missing')}; "
           f"a copy reaches {result['copy_gbps']} GB/s")
     if file is not None: print(f"written to {result_path(result, file, part)}")
     failed = [row for row in result["rows"] if "tritoncls" in row["impl"] and row["us"] is None
