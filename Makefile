@@ -25,6 +25,9 @@ test-slow: install  ## run the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n 2
 	$(BIN)/python -m pytest -m alone
 
+test-floor: install  ## run the kernels' tests with the oldest PyTorch and Triton allowed, in .venv-floor
+	$(BIN)/python tools/floor.py
+
 bench: install  ## measure the kernels beside what one would use instead; ARGS="loss --json benchmarks/results"
 	$(BIN)/tritoncls bench $(ARGS)
 
@@ -41,4 +44,4 @@ readme: install  ## write README.md from nbs/index.ipynb
 lab: install  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
-.PHONY: help install train test test-slow bench notebooks export readme lab
+.PHONY: help install train test test-slow test-floor bench notebooks export readme lab

@@ -88,7 +88,7 @@ def launch(folder: Path, processes: int, *program: str, torchrun: tuple = ("--st
     try:
         ended = subprocess.run(
             [sys.executable, *many, *program], cwd=folder, capture_output=True, text=True, timeout=limit,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKEN": token, **env})
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKEN": token, **env})
     finally:
         end = time.monotonic() + 10
         while (left := leftovers(token)) and ended and time.monotonic() < end: time.sleep(0.2)

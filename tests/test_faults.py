@@ -86,7 +86,7 @@ def command(folder, *more):
     (folder.parent / "extra.py").write_text(EXTRA)
     return dict(args=[sys.executable, "-m", "tritoncls.cli", "train", *SMALL, f"output_dir={folder}", *more], cwd=folder.parent,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONWARNINGS": "ignore"})
+                env={**os.environ, "PYTHONWARNINGS": "ignore"})
 
 
 def alive(group: int) -> list[str]:

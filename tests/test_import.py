@@ -2,6 +2,9 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
+
+import pytest
 
 ALONE = ("runtime", "kernels.rows", "kernels.rank", "kernels.cross_entropy", "kernels.binary_cross_entropy",
          "kernels.rounding", "kernels.multi_tensor", "kernels.ema_blend", "kernels.machine_code", "kernels.inspect", "registry",
@@ -32,6 +35,7 @@ print(json.dumps([time.perf_counter() - began, sorted(m for m in sys.modules if 
 def test_kernels_need_torch_triton_and_numpy_alone():
     python(f"""
 import sys
+from importlib.metadata import version
 from importlib import import_module
 for name in ("pydantic", "yaml", "typer", "tqdm", "tensorboard", "timm", "torchvision", "sklearn", "matplotlib",
              "safetensors", "nbdev", "fastcore"):
@@ -49,6 +53,7 @@ print(any(name.split(".")[0] in ("nbdev", "fastcore", "execnb") for name in sys.
 """)
 
 
+@pytest.mark.triton
 def test_triton_imported_first_is_explained():
     out = python("""
 import os
@@ -61,3 +66,10 @@ else:
     assert tritoncls.topk_correct(torch.zeros(1, 2), torch.zeros(1).long()).tolist() == [1, 1]
 """)
     assert "TRITON_INTERPRET" in out
+
+
+@pytest.mark.parametrize("command", [["-m", "tritoncls"], ["-m", "tritoncls.cli"]])
+def test_the_program_says_its_version(command):
+    done = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"tritoncls {version('tritoncls')}, python 3.") and done.stdout.count("\n") == 1

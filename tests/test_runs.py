@@ -18,7 +18,7 @@ from tritoncls.files import Locked, locked
 from tritoncls.runtime import UserError
 
 ROOT = Path(__file__).parent.parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def python(code: str, *args, **options) -> subprocess.Popen:

@@ -137,8 +137,8 @@ class TapeRecorder:
         self.recorded += 1
         tape, update = Tape(), ModelEma.update
 
-        def one_entry(ema, found_inf=None):
-            call = lambda: update(ema, found_inf)
+        def one_entry(ema, *, found_inf):
+            call = lambda: update(ema, found_inf=found_inf)
             tape.entries.append((call, (), {}, [None]))
             with torch.utils._python_dispatch._disable_current_modes(): call()
         ModelEma.update = one_entry
@@ -230,6 +230,43 @@ def test_row_12_an_overflow_skips_the_replayed_step_too(dynamic):
     assert plain.hooks[0].losses.count(float("inf")) == replayed.hooks[0].losses.count(float("inf")) == 3
     assert gap(replayed, plain) < ROUNDING and all(p.isfinite().all() for p in replayed.model.parameters())
     assert replayed.solver.scaler.get_scale() == plain.solver.scaler.get_scale() == (65536 / 8 if dynamic else 128)
+
+
+@pytest.mark.parametrize("how", ["fresh", "restored"])
+def test_an_overflow_in_the_very_first_step_leaves_the_momentum_at_zero(how, monkeypatch):
+    "The fused SGD of PyTorch allocates its buffers without filling them, and an overflow returns before they are written."
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda t, **options: empty_like(t, **options).fill_(float("nan")))
+    cfg = override(CFG, *FP16, "amp.dynamic_scale=true", "solver.optimizer=sgd", "solver.momentum=0.9")
+    x, models = torch.linspace(-1, 1, 128).view(2, 64), [linear(), linear()]
+    plain, device = build_solver(cfg, models[0]), DeviceSolver(models[1], cfg)
+    if how == "restored": device.load_state_dict(plain.state_dict())
+    for factor in (float("inf"), 1.0, float("inf"), 1.0):
+        for model, solver in zip(models, (plain, device), strict=True):
+            solver.set_lr(0.1)
+            solver.backward(model(x).square().mean() * factor)
+            solver.modify_grad()
+            solver.step()
+    assert plain.scaler.get_scale() == device.scaler.get_scale() == 65536 / 4
+    for a, b in zip(*(model.parameters() for model in models), strict=True): torch.testing.assert_close(a, b)
+
+
+def test_a_loaded_state_goes_to_where_a_graph_reads_it():
+    for optimizer in ("sgd", "adam", "adamw"):
+        cfg, models = override(CFG, f"solver.optimizer={optimizer}"), [linear(), linear()]
+        solvers = [DeviceSolver(model, cfg) for model in models]
+        for model, solver, steps in zip(models, solvers, (1, 3), strict=True):
+            for _ in range(steps):
+                solver.backward(model(torch.ones(2, 64)).square().mean())
+                solver.step()
+        places = lambda: [t.data_ptr() for state in solvers[0].optimizer.state.values() for t in state.values()]  # noqa: B023
+        before = places()
+        solvers[0].load_state_dict(solvers[1].state_dict())
+        assert places() == before and before
+        for ours, theirs in zip(*(solver.optimizer.state.values() for solver in solvers), strict=True):
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        solvers[0].load_state_dict(DeviceSolver(linear(), cfg).state_dict())
+        assert places() == before and all(not t.any() for state in solvers[0].optimizer.state.values() for t in state.values())
 
 
 def test_what_waits_for_the_device_cannot_be_recorded():

@@ -6,8 +6,8 @@
 __all__ = ['LOCK', 'app', 'Overrides', 'ConfigFile', 'Weights', 'WeightsConfig', 'runs_of', 'written_at', 'latest_run',
            'choose_folder', 'new_folder', 'made_folder', 'own_folder', 'claim', 'open_folder', 'run_config',
            'was_restarted', 'import_modules', 'build_trainer', 'train_in_folder', 'run', 'choices', 'key_table',
-           'CommandWithKeys', 'train', 'test', 'predict_command', 'test_weights', 'accuracy_line', 'per_class_table',
-           'draw_confusion', 'weights_command', 'bench_command', 'kernels', 'main']
+           'CommandWithKeys', 'train', 'print_versions', 'every_command', 'test', 'predict_command', 'test_weights',
+           'accuracy_line', 'per_class_table', 'draw_confusion', 'weights_command', 'bench_command', 'kernels', 'main']
 
 # %% ../nbs/52_cli.ipynb #c0dc1c5a
 import os
@@ -28,7 +28,7 @@ import yaml
 from typer.core import TyperCommand
 
 from .augment import Preprocess
-from .bench import bench
+from .bench import bench, versions
 from .checkpoint import merge_weights, previous, resumable
 from .config import Config, Section, dotted_keys, dump_yaml, load_config
 from .data import build_dataloaders
@@ -267,6 +267,20 @@ def train(
     with process_group(cfg), own_folder(cfg, resume) as cfg:
         if resume and rank() == 0: print(f"resuming {cfg.output_dir}", flush=True)
         with interruptible(output_folder(cfg)): train_in_folder(cfg, resume)
+
+# %% ../nbs/52_cli.ipynb #5d1311e5
+def print_versions(asked: bool) -> None:
+    if not asked: return
+    print(", ".join(f"{package} {number}" for package, number in versions().items() if number))
+    raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[bool, typer.Option("--version", callback=print_versions, is_eager=True,
+                                          help="Print the versions of tritoncls and of what it is built on.")] = False,
+) -> None:
+    "Train image classifiers, and look at the kernels that do it."
 
 # %% ../nbs/52_cli.ipynb #454fc8ff
 @app.command()

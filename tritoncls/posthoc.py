@@ -111,7 +111,7 @@ def take_snapshot(
                         f"{wanted[n - 1]:.6g}; needed: ModelEma(model, schedule=momentum_schedule('power_function', "
                         f"{ema.steps} or more, sigma_rel={sigma_rel}))")
     state = {name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-             for name, tensor in ema.module.state_dict().items()}
+             for name, tensor in ema.weights().items()}
     return Snapshot(ema.steps, float(sigma_rel), state)
 
 # %% ../nbs/25_posthoc.ipynb #2761a900

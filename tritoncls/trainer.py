@@ -240,7 +240,7 @@ class ClsTrainer(BaseTrainer):
 
     def model_ema_step(self) -> None:
         "Tell the moving average that the optimizer has made a step."
-        if self.ema: self.ema.update(getattr(self.solver, "found_inf", None))
+        if self.ema: self.ema.update(found_inf=getattr(self.solver, "found_inf", None))
 
     def _next_batch(self):
         try: return next(self._batches)
