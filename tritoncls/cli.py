@@ -39,6 +39,7 @@ from .files import Locked, locked, write_text
 from .hooks import CONFIG, LATEST, LOG, output_folder
 from .kernels.inspect import print_report
 from .kernels.machine_code import TARGETS
+from .logs import steady_streams
 from .models import build_model, check_fits
 from .predict import class_names, load_model, predict, weights_config
 from .registry import registers
@@ -138,12 +139,15 @@ def claim(
     return UserError(f"{named}: it holds a run already; add --resume to go on with it, or name another folder")
 
 
-def open_folder(cfg: Config) -> None:
+def open_folder(
+    cfg: Config,             # output_dir set
+    resume: bool = False,    # config.yaml stays as it is, until the checkpoint has turned out to fit
+) -> None:
     "Make the output folder and write config.yaml into it, or say why that cannot be done."
     folder = output_folder(cfg)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG, dump_yaml(cfg))
+        if not resume: write_text(folder / CONFIG, dump_yaml(cfg))
     except OSError as error: raise UserError(f"output_dir = {str(folder)!r}: cannot write there: {error}") from None
 
 # %% ../nbs/52_cli.ipynb #4f5a8055
@@ -206,7 +210,7 @@ def train_in_folder(
     "Train in the folder that the run has."
     with going_on(output_folder(cfg)):
         trainer = build_trainer(cfg, resume)
-        if rank() == 0: open_folder(cfg)
+        if rank() == 0: open_folder(cfg, resume)
         trainer.train()
     return trainer
 
@@ -391,6 +395,7 @@ def kernels(
 # %% ../nbs/52_cli.ipynb #47e71dd8
 def main() -> None:
     "The program: what the user can act upon is one line, anything else a traceback."
+    steady_streams()
     try: recorded(app)()
     except Exception as error:
         line = failure_line(error)

@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['BEHIND', 'close_held', 'ask_kernel', 'Locked', 'still_there', 'wait_for_lock', 'locked', 'NoRoom', 'not_written',
-           'sync_folder', 'write_atomically', 'replace_content', 'write_text', 'second_name', 'remove']
+           'sync_folder', 'write_atomically', 'replace_content', 'write_text', 'second_name', 'remove', 'read_metadata']
 
 # %% ../nbs/04_files.ipynb #8760ca3d
 import errno
+import json
 import os
 import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import safetensors
+
+from .runtime import UserError, shown
 
 try: import fcntl
 except ImportError: import msvcrt  # Windows
@@ -157,3 +160,15 @@ def remove(path: Path) -> None:
     "Remove a file or a folder, if it is there."
     if path.is_dir(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
+
+# %% ../nbs/04_files.ipynb #94f0633d
+def read_metadata(
+    path: Path | str,                  # the file that it is from, for the error
+    header: Mapping[str, str] | None,  # `metadata()` of an open safetensors file
+) -> dict[str, Any]:                   # empty if there is none
+    "What this package has written into the header of a safetensors file."
+    try: known = json.loads((header or {}).get("tritoncls", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: the metadata 'tritoncls' in its header is not JSON: {error}") from None
+    if isinstance(known, dict): return known
+    raise UserError(f"{path}: the metadata 'tritoncls' in its header needs to be an object of JSON, not {shown(known)}")
