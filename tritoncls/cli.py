@@ -8,6 +8,12 @@ __all__ = ['app', 'Overrides', 'ConfigFile', 'Weights', 'WeightsConfig', 'can_re
            'key_table', 'CommandWithKeys', 'train', 'test', 'predict_command', 'test_weights', 'accuracy_line',
            'per_class_table', 'draw_confusion', 'weights_command', 'bench_command', 'kernels', 'main']
 
+# %% ../nbs/52_cli.ipynb #2f509cba
+#| eval: false
+if __name__ == "__main__":
+    from tritoncls.signals import program
+    program()
+
 # %% ../nbs/52_cli.ipynb #c0dc1c5a
 import os
 import sys
@@ -311,7 +317,3 @@ def main() -> None:
         if line is None: raise
         print(f"error: {line}", file=sys.stderr)
         sys.exit(MISTAKE if isinstance(error, UserError) else FAILED)
-
-# %% ../nbs/52_cli.ipynb #8c9a9bb3
-#| eval: false
-if __name__ == "__main__": main()

@@ -87,6 +87,7 @@ class DataConfig(Section):
     name: str = key("FolderLoader", "registered data set: FolderLoader, Cifar, Digits, FakeData")
     train_path: str | None = key(None, "FolderLoader: training images, a folder per class; Cifar: where its files are")
     val_path: str | None = key(None, "FolderLoader: test images, a folder per class, the same classes")
+    max_megapixels: Finite = key(100.0, "an image file with more million pixels is skipped, before it is decoded", gt=0)
     num_workers: int = key(6, "processes that read and augment images; 0: the training process does it", ge=0)
     length: int = key(1024, "FakeData: images in an epoch", ge=1)
 
