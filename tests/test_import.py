@@ -21,15 +21,14 @@ def python(code: str) -> str:
 def test_import_is_lazy_and_quick():
     code = """
 import json, sys, time
-import torch
-torch.cuda.is_available()
-began = time.perf_counter()
-import tritoncls
-print(json.dumps([time.perf_counter() - began, sorted(m for m in sys.modules if m.startswith("tritoncls"))]))
+began, before = time.perf_counter(), set(sys.modules)
+import tritoncls, tritoncls.signals
+names = sorted({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))
+print(json.dumps([time.perf_counter() - began, names]))
 """
     runs = [json.loads(python(code)) for _ in range(3)]
-    assert min(seconds for seconds, _ in runs) < 0.3
-    assert runs[0][1] == ["tritoncls", "tritoncls.runtime"]
+    assert min(seconds for seconds, _ in runs) < 0.1
+    assert runs[0][1] == ["tritoncls"]
 
 
 def test_kernels_need_torch_triton_and_numpy_alone():

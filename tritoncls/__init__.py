@@ -10,10 +10,9 @@ __all__ = ['PUBLIC']
 from importlib import import_module
 from typing import Any
 
-from .runtime import UserError, checked, seed_everything
-
 # %% ../nbs/60_package.ipynb #1d2c9688
 PUBLIC = {
+    "runtime": ("UserError", "checked", "seed_everything"),
     "losses": (
         "cross_entropy", "binary_cross_entropy", "cross_entropy_and_grad", "binary_cross_entropy_and_grad", "topk_correct",
         "MixedTarget", "LossOutput", "CrossEntropyLoss", "BinaryCrossEntropyLoss", "DistillationLoss", "build_loss",
@@ -38,7 +37,7 @@ PUBLIC = {
     "checkpoint": ("load_checkpoint", "load_weights", "save_weights"),
 }
 _HOME = {name: module for module, names in PUBLIC.items() for name in names}
-__all__ = ["UserError", "checked", "seed_everything", *_HOME]
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,12 @@ __all__ = ['LOCK', 'app', 'Overrides', 'ConfigFile', 'Weights', 'WeightsConfig',
            'CommandWithKeys', 'train', 'print_versions', 'every_command', 'test', 'predict_command', 'test_weights',
            'accuracy_line', 'per_class_table', 'draw_confusion', 'weights_command', 'bench_command', 'kernels', 'main']
 
+# %% ../nbs/52_cli.ipynb #2f509cba
+#| eval: false
+if __name__ == "__main__":
+    from tritoncls.signals import program
+    program()
+
 # %% ../nbs/52_cli.ipynb #c0dc1c5a
 import os
 import sys
@@ -402,7 +408,3 @@ def main() -> None:
         if line is None: raise
         print(f"error: {line}", file=sys.stderr)
         sys.exit(MISTAKE if isinstance(error, UserError) else FAILED)
-
-# %% ../nbs/52_cli.ipynb #8c9a9bb3
-#| eval: false
-if __name__ == "__main__": main()

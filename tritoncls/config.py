@@ -127,6 +127,7 @@ class DataConfig(Section):
     name: Annotated[str, known(registers.dataloaders)] = key("FolderLoader", f"registered data set: {listed('data')}")
     train_path: PathText | None = key(None, "FolderLoader: training images, a folder per class; Cifar: where its files are")
     val_path: PathText | None = key(None, "FolderLoader: test images, a folder per class, the same classes")
+    max_megapixels: Finite = key(100.0, "an image file with more million pixels is skipped, before it is decoded", gt=0)
     num_workers: int = key(6, "processes that read and augment images; 0: the training process does it", ge=0, le=1024)
     length: int = key(1024, "FakeData: images in an epoch", ge=1, le=10**8)
 

@@ -24,10 +24,12 @@ import torch.distributed as dist
 
 from .checkpoint import NotFinite, finish_saving, not_finite, save_trainer, way_on
 from .config import Config
+from .data import WorkerDied
 from .files import NoRoom, write_text
 from .logs import LATEST, BaseHook, output_folder
 from .meters import Reading, mean_over_processes, to_host
 from .runtime import UserError, in_group
+from .signals import ending, last_line
 from .trainer import micro_batch
 
 # %% ../nbs/47_faults.ipynb #d1e36e73
@@ -63,8 +65,12 @@ class PreemptionHook(BaseHook):
         self.leave(p.epoch - 1, p.iter)
 
     def after_epoch(self) -> None:
+        p = self.trainer.progress
+        if p.epoch == p.max_epoch and self.path.exists():
+            finish_saving(self.trainer)
+            self.close()
         self.tell()
-        if self.someone_was_asked(): self.leave(self.trainer.progress.epoch, 0)
+        if self.someone_was_asked(): self.leave(p.epoch, 0)
 
     def tell(self) -> None:
         "Begin to tell the other processes whether this one has been asked."
@@ -82,13 +88,13 @@ class PreemptionHook(BaseHook):
         save_trainer(self.trainer, [self.path], epochs, iterations)
         finish_saving(self.trainer)
         if in_group(): dist.barrier()  # whoever goes first has the others killed
-        if self.leads:
-            where = f"{iterations} iterations of epoch {epochs + 1}" if iterations else f"epoch {epochs}"
-            print(f"SIGTERM: {self.path} holds the run up to {where}; --resume goes on", file=sys.stderr, flush=True)
+        where = f"{iterations} iterations of epoch {epochs + 1}" if iterations else f"epoch {epochs}"
+        last_line(PREEMPTED, f"SIGTERM: {self.path} holds the run up to {where}; --resume goes on" if self.leads else "")
         raise Preempted(PREEMPTED)
 
     def close(self) -> None:
         if self.handler is not None: signal.signal(signal.SIGTERM, self.handler)
+        self.handler = None
 
 # %% ../nbs/47_faults.ipynb #dd82cce6
 @contextmanager
@@ -96,10 +102,14 @@ def interruptible(
     folder: Path,  # of the run
 ) -> Iterator[None]:
     "Inside this context, an interrupt ends the program with one line and code 130."
-    try: yield
+    def advice():
+        return f"; --resume output_dir={folder} goes on from the last checkpoint" if (folder / LATEST).exists() else ""
+    try:
+        ending.advice = advice
+        yield
+        ending.advice = str  # the run is complete
     except KeyboardInterrupt:
-        there = (folder / LATEST).exists()
-        print("interrupted" + f"; --resume output_dir={folder} goes on from the last checkpoint" * there, file=sys.stderr)
+        print(f"interrupted{advice()}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
 
 # %% ../nbs/47_faults.ipynb #c1e88b7b
@@ -163,8 +173,7 @@ LINES = (  # an error, the words it is known by, what to say
     (NotFinite, "", "{}"),
     (NoRoom, "", "{}; make room"),
     (OSError, "could not be written", "{}"),
-    (RuntimeError, "DataLoader worker", "{}\na process that reads images has died, often for want of memory, and fewer "
-                                        "data.num_workers need less"))
+    (WorkerDied, "", "{}; often memory has run out, and fewer data.num_workers need less"))
 
 
 def failure_line(

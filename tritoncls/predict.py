@@ -105,8 +105,9 @@ def predict(
     for first in range(0, len(paths), cfg.batch_size):
         batch, images, problems = paths[first:first + cfg.batch_size], {}, {}
         for path in batch:
-            try: images[path] = transform(with_channels(read_image(path), len(cfg.preprocess.img_mean)))
+            try: image = read_image(path, cfg.data.max_megapixels)
             except UnreadableImage as error: problems[path] = error.args[1]
+            else: images[path] = transform(with_channels(image, len(cfg.preprocess.img_mean)))
         answers = {}
         if images:
             samples, _ = preprocess(torch.stack([*images.values()]), torch.zeros(len(images), dtype=torch.int64))
