@@ -93,9 +93,9 @@ def locked(
         yield ours
     finally:
         _held.discard(file)
-        if not file.closed:  # as in a forked child that leaves this context, too
-            with suppress(OSError): path.unlink()
-            file.close()
+        steps = (path.unlink, file.close) if os.name == "posix" else (file.close, path.unlink)  # Windows removes no open file
+        for step in () if file.closed else steps:  # closed: in a forked child that leaves this context, too
+            with suppress(OSError): step()
 
 # %% ../nbs/04_files.ipynb #20f7bdfa
 class NoRoom(OSError):
