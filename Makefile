@@ -37,6 +37,7 @@ notebooks: install  ## run every notebook and save its outputs
 
 export: install  ## write the package from the notebooks
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/stub.py
 
 readme: install  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py

@@ -23,7 +23,8 @@ if not all(map(find_spec, WHOLE_PACKAGE)):
 def uses_triton(item: pytest.Item) -> bool:
     "Whether a test says so by its mark, or has `triton` for a parameter."
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    return item.get_closest_marker("triton") is not None or any(isinstance(p, str) and p == "triton" for p in parameters)
+    marked = item.get_closest_marker("triton") or item.get_closest_marker("cuda")
+    return marked is not None or any(isinstance(p, str) and p == "triton" for p in parameters)
 
 
 def pytest_collection_modifyitems(items):
