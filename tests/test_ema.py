@@ -566,6 +566,20 @@ def test_an_average_of_torch_goes_on_here():
         assert_equal(*(dict(a.module.named_parameters()) for a in (ours, theirs)), rtol=1e-6, atol=1e-7)
 
 
+def test_an_extra_state_is_loaded_as_it_is():
+    class Extra(nn.Linear):
+        note = None
+
+        def get_extra_state(self): return self.note
+
+        def set_extra_state(self, state): self.note = state
+    source, ema = nn.Sequential(Extra(2, 2), Extra(2, 2)), ModelEma(nn.Sequential(Extra(2, 2), Extra(2, 2)))
+    source[0].note, source[1].note = torch.arange(3), "words"
+    ema.load_state_dict(source.state_dict())
+    assert ema.module[0].note.tolist() == [0, 1, 2] and ema.module[1].note == "words"
+    assert_equal(dict(ema.module.named_parameters()), dict(source.named_parameters()))
+
+
 def test_states_that_do_not_fit_are_refused_with_names():
     ema, state = ModelEma(network()), network(seed=1).state_dict()
     before = copy.deepcopy(ema.state_dict())

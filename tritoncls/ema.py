@@ -207,6 +207,7 @@ def read_state(
     weights |= {name: joined(weights[name], low) for name, low in parts["low"].items()}
     weights |= {name: compensated(weights[name], c) for name, c in parts["compensation"].items()}
     for name, key in keys.items():
+        if key.endswith("_extra_state"): continue
         there, here = kind(weights[name]), kind(own[key])
         if there != here: raise UserError(f"{name} is {there} in the state, {here} in the average")
     return {key: weights[name] for name, key in keys.items()}, parts["steps"], parts["settings"]
@@ -382,7 +383,7 @@ class ModelEma:
         weights, steps, settings = read_state(state, own)
         graphs = [] if settings is None else self.take_over(settings)
         first = {id(e): key for key, e in reversed(tensors.items())}  # tied weights are what the first of them is
-        own.update({key: weights[first[id(e)]] for key, e in tensors.items()})
+        own.update({key: weights[first[id(e)] if isinstance(e, torch.Tensor) else key] for key, e in tensors.items()})
         self.module.load_state_dict(own)
         self.fill_halves({bare(key): weight for key, weight in own.items()})
         for alphas, loaded in graphs: alphas.copy_(loaded)

@@ -182,7 +182,9 @@ class Replay:
         self.trainer, self.recorder, self.inputs, self.names, self.warned = trainer, recorder, None, (), False
         self.forget()
 
-    def forget(self) -> None: self.seen, self.replays, self.where = {}, {}, None
+    def forget(self) -> None:
+        self.seen, self.replays, self.where = {}, {}, None
+        if self.trainer.ema: self.trainer.ema.captured.clear()  # kept for the graphs alone
 
     def __call__(self) -> None:
         t, began = self.trainer, time.perf_counter()
