@@ -181,7 +181,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_row_12_a_replayed_iteration_is_the_plain_one(case):
+def test_a_replayed_iteration_is_the_plain_one(case):
     "Through the start of the average, changes of the learning rate, groups of micro-batches and evaluations in between."
     data = batches(11)
     plain = train(data, *CASES[case], loss=PlainLoss())
@@ -202,7 +202,7 @@ def test_a_tape_keeps_the_hosts_numbers():
     with pytest.raises(RuntimeError, match="waits"), Tape(): x.item()
 
 
-def test_row_12_a_short_batch_runs_as_it_is_and_is_mentioned_once():
+def test_a_short_batch_runs_as_it_is_and_is_mentioned_once():
     data = batches(6, short=5)
     plain = train(data, loss=PlainLoss())
     with pytest.warns(UserWarning, match=r"\(5, 1, 8, 8\) is not like the first one, \(16, 1, 8, 8\)") as said:
@@ -212,7 +212,7 @@ def test_row_12_a_short_batch_runs_as_it_is_and_is_mentioned_once():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_row_12_an_overflow_skips_the_replayed_step_too(dynamic):
+def test_an_overflow_skips_the_replayed_step_too(dynamic):
     data, bad = batches(9), 3
     sums = [target.sum().item() for _, target in data]
     assert sums.count(sums[bad]) == 1
@@ -363,7 +363,7 @@ MIXED = (*CASES["mixup"], "loss.label_smooth=0.2", *CLIP)
 
 @pytest.mark.parametrize(("model", "more"), [(dense, ()), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
     (convolutions, ()), (convolutions, MIXED), (dense, CASES["bfloat16"])))], ids=["dense", "plain", "mixed", "bfloat16"])
-def test_row_12_a_compiled_run_is_the_plain_one(model, more):
+def test_a_compiled_run_is_the_plain_one(model, more):
     "With accumulation, the start of the average, learning rates that change, evaluations, dropout and a short last batch."
     data, options = batches(5, short=7), ("solver.accumulation_steps=2", *more)
     plain = train(data, *options, model=model)
@@ -406,7 +406,7 @@ def test_no_compiler_is_an_error_that_says_so(monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", [*CASES, "float16"])
-def test_row_12_on_a_gpu(case):
+def test_a_traced_run_on_a_gpu_is_the_plain_one(case):
     data = batches(11, short=5, device="cuda")
     options = ("device=cuda", *(CASES[case] if case in CASES else (*FP16, "amp.dynamic_scale=true")))
     plain = train(data, *options)
