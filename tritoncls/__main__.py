@@ -7,6 +7,6 @@ __all__ = []
 
 # %% ../nbs/61_main.ipynb #1d479dbf
 #| eval: false
-from .cli import main
+from .signals import program
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": program()
