@@ -25,6 +25,9 @@ test-slow: install  ## run the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n 2
 	$(BIN)/python -m pytest -m alone
 
+test-floor: install  ## run the kernels' tests with the oldest PyTorch and Triton allowed, in .venv-floor
+	$(BIN)/python tools/floor.py
+
 bench: install  ## measure the kernels beside what one would use instead; ARGS="loss --json benchmarks/results"
 	$(BIN)/tritoncls bench $(ARGS)
 
@@ -34,6 +37,7 @@ notebooks: install  ## run every notebook and save its outputs
 
 export: install  ## write the package from the notebooks
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/stub.py
 
 readme: install  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
@@ -41,4 +45,4 @@ readme: install  ## write README.md from nbs/index.ipynb
 lab: install  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
-.PHONY: help install train test test-slow bench notebooks export readme lab
+.PHONY: help install train test test-slow test-floor bench notebooks export readme lab

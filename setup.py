@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["tritoncls", "tritoncls.*"]),
-    package_data={"tritoncls": ["configs/*.yaml"]},
+    package_data={"tritoncls": ["configs/*.yaml", "*.pyi", "py.typed"]},
     install_requires=listed("requirements"),
     extras_require={"dev": listed("dev_requirements")},
     entry_points={

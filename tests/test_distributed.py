@@ -88,7 +88,7 @@ def launch(folder: Path, processes: int, *program: str, torchrun: tuple = ("--st
     try:
         ended = subprocess.run(
             [sys.executable, *many, *program], cwd=folder, capture_output=True, text=True, timeout=limit,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKEN": token, **env})
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKEN": token, **env})
     finally:
         end = time.monotonic() + 10
         while (left := leftovers(token)) and ended and time.monotonic() < end: time.sleep(0.2)
@@ -265,7 +265,7 @@ def together(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_row_19_every_process_evaluates_with_the_mean_of_their_statistics(strategy, together):
+def test_every_process_evaluates_with_the_mean_of_their_statistics(strategy, together):
     "Of model and average, after both epochs; counts of batches are those of process 0."
     log, first, second = together[strategy]
     assert len(first["evaluated"]) == len(second["evaluated"]) == 4
@@ -279,7 +279,7 @@ def test_row_19_every_process_evaluates_with_the_mean_of_their_statistics(strate
 @pytest.mark.slow
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_row_20_the_log_speaks_of_all_processes(strategy, together):
+def test_the_log_speaks_of_all_processes(strategy, together):
     "Loss and accuracy of every interval beside PyTorch's; the evaluations' epochs, and accuracies as one process finds them."
     log, first, second = together[strategy]
     measured, since = torch.tensor([first["measured"], second["measured"]], dtype=torch.float64), 0

@@ -1,19 +1,25 @@
 """What has gone wrong in other moving averages, and what several implementations agree on."""
 import copy
+import gc
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tritoncls.ema import ModelEma, alpha_at, update_emas
-from tritoncls.runtime import INTERPRETER, UserError
+from tritoncls.ema import ModelEma, alpha_at, ema_blend_, send, update_emas
+from tritoncls.kernels.ema_blend import make_plan
+from tritoncls.kernels.multi_tensor import address_table
+from tritoncls.kernels.rounding import split_halves_reference
+from tritoncls.runtime import INTERPRETER, UserError, backends_on
 from tritoncls.schedules import momentum_schedule
 
-BACKENDS = ("torch", "triton") if INTERPRETER else ("torch",)
+BACKENDS = backends_on("cpu")
 
 
 def network(seed=0):
@@ -75,6 +81,18 @@ def test_the_warm_up_of_timm():
     assert_equal(ours.module.state_dict(), timms.module.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+def test_the_options_of_timm():
+    timm = pytest.importorskip("timm.utils")
+    model = network()
+    ours = ModelEma(model, momentum=0.9, start=3 + 1, exclude=["running_", "num_batches"])
+    theirs, step = timm.ModelEmaV3(model, decay=0.9, update_after_step=3, exclude_buffers=True), stepper(model)
+    for n in range(9):
+        step()
+        ours.update()
+        theirs.update(model, step=n + 1)
+    assert_equal(ours.module.state_dict(), theirs.module.state_dict(), rtol=1e-5, atol=1e-6)
+
+
 def test_the_same_as_ema_pytorch():
     ema_pytorch = pytest.importorskip("ema_pytorch")
     model = network()
@@ -123,7 +141,7 @@ def test_integer_buffers_follow_and_keep_their_type():
 
 
 @pytest.mark.parametrize("capturable", (False, True))
-@pytest.mark.parametrize("rounding", ("nearest", "stochastic", "compensated"))
+@pytest.mark.parametrize("rounding", ("nearest", "stochastic", "split"))
 def test_resume_is_bit_equal(rounding, capturable, tmp_path):
     options = dict(schedule=momentum_schedule("cosine", 30, start_momentum=0.5, end_momentum=0.99), update_period=2, start=3,
                    rounding=rounding, dtype=torch.float32 if rounding == "nearest" else torch.bfloat16, capturable=capturable)
@@ -142,7 +160,80 @@ def test_resume_is_bit_equal(rounding, capturable, tmp_path):
             b.update()
     assert a.steps == b.steps == 12
     assert_equal(a.module.state_dict(), b.module.state_dict())
-    assert_equal(a.compensation, b.compensation)
+    assert_equal(a.low, b.low)
+
+
+@pytest.mark.parametrize(("dtype", "rounding", "tolerance"), (
+    (torch.float64, "nearest", 1e-4), (torch.float32, "nearest", 0.002), (torch.bfloat16, "split", 0.002),
+    (torch.bfloat16, "stochastic", 0.036), (torch.float16, "stochastic", 0.0134),  # 4 standard deviations of the mean
+    (torch.bfloat16, "nearest", None), (torch.float16, "nearest", None)))  # stand still
+def test_how_far_an_average_travels(dtype, rounding, tolerance):
+    "A step is smaller than half the distance of two 16-bit numbers, as it is for almost every weight of a real model."
+    model, steps = nn.Linear(1024, 1, bias=False), 5000
+    model.weight.data.fill_(1.0)
+    ema = ModelEma(model, momentum=0.9999, dtype=dtype, rounding=rounding)
+    model.weight.data.fill_(0.99)
+    for _ in range(steps): ema.update()
+    share = (1 - ema.weights()["weight"].double().mean().item()) / 0.01
+    assert ema.module.weight.dtype == dtype
+    if tolerance is None: assert share == 0
+    else: assert abs(share - (1 - 0.9999**steps)) < tolerance
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_halves_are_an_fp32_average_in_every_bit(backend):
+    model = network().to(memory_format=torch.channels_last)
+    options = dict(momentum=0.999, start=2, backend=backend)
+    whole, halves = ModelEma(model, **options), ModelEma(model, dtype=torch.bfloat16, rounding="split", **options)
+    step = stepper(model)
+    for n in range(12):
+        assert_equal(halves.weights(), whole.module.state_dict())
+        if n == 7: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+        step()
+        update_emas([halves])
+        whole.update()
+    for name, e in halves.module.state_dict().items():
+        want = whole.module.state_dict()[name]
+        assert torch.equal(e, split_halves_reference(want)[0] if want.is_floating_point() else want)
+    with halves.swap(): assert_equal(model.state_dict(), whole.module.state_dict())
+    model.bfloat16()
+    with halves.swap(): assert_equal(model.state_dict(), halves.module.state_dict())
+
+
+def test_two_halves_of_several_averages_and_of_tied_weights():
+    tied = nn.Sequential(nn.Linear(9, 9, bias=False), nn.Linear(9, 9, bias=False)).bfloat16()
+    tied[1].weight = tied[0].weight
+    for backend in BACKENDS:
+        options = [dict(momentum=m, backend=backend) for m in (0.9, 0.999)]
+        whole = [ModelEma(tied, **o) for o in options]
+        halves = [ModelEma(tied, dtype=torch.bfloat16, rounding="split", **o) for o in options]
+        for _ in range(5):
+            tied[0].weight.data.mul_(1.1)
+            update_emas(whole)
+            update_emas(halves)
+        for a, b in zip(whole, halves, strict=True):
+            assert_equal(a.module.state_dict(), b.weights())
+            for target, options in ((a, {}), (b, dict(dtype=torch.bfloat16, rounding="split"))):
+                for source in (a, b):
+                    new = ModelEma(tied, **options)
+                    new.load_state_dict(copy.deepcopy(source.state_dict()))
+                    assert_equal(new.weights(), target.weights())
+
+
+def test_states_that_were_saved_with_compensation_are_put_together():
+    model = network()
+    e = {name: t.bfloat16() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    c = {name: (t - e[name].float()).bfloat16() for name, t in model.state_dict().items() if t.is_floating_point()}
+    want = {name: t.float() + c[name].float() if name in c else t for name, t in e.items()}
+    for options in ({}, dict(rounding="split", dtype=torch.bfloat16)):
+        ema = ModelEma(network(seed=1), **options)
+        ema.load_state_dict(dict(module=e, steps=7, compensation=c, settings=ema.settings))
+        assert ema.steps == 7
+        assert_equal(ema.weights(), want)
+    for options in (dict(rounding="compensated", dtype=torch.bfloat16), dict(rounding="split")):
+        with pytest.raises(UserError, match="split"): ModelEma(model, **options)
+    with pytest.raises(UserError, match="of torch.bfloat16; allowed for torch.float16: nearest, stochastic"):
+        ModelEma(model, rounding="split", dtype=torch.float16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -189,6 +280,184 @@ def test_several_averages_in_one_pass(backend, capturable):
         assert a.steps == b.steps == 4
         assert_equal(a.module.state_dict(), b.module.state_dict(), rtol=1e-6, atol=1e-7)
     with pytest.raises(UserError, match="different models"): update_emas([together[0], ModelEma(network())])
+
+
+@contextmanager
+def recording():
+    "As inside of torch.cuda.graph, where there is a GPU."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        yield
+
+
+def test_a_graph_takes_no_average_that_counts_on_the_host():
+    ema = ModelEma(model := network(), momentum=0.5)
+    ema.update()
+    before = copy.deepcopy(ema.module.state_dict())
+    model[4].weight.data.add_(1)
+    with recording(), pytest.raises(UserError, match=r"ModelEma\(model, capturable=True\)"): ema.update()
+    with recording(), pytest.raises(UserError, match="capturable=True"): update_emas([ema])
+    assert ema.steps == 1
+    assert_equal(ema.module.state_dict(), before)
+
+
+def alive(references): return [reference() is not None for reference in references]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_graph_reads_lives_as_long_as_the_average(backend):
+    model = network()
+    options = dict(schedule=[0.1, 0.2, 0.3], capturable=True, dtype=torch.bfloat16, rounding="split", backend=backend)
+    ema, other = ModelEma(model, **options), ModelEma(network(seed=1), **options | dict(schedule=[0.4, 0.5, 0.6]))
+    ema.update()
+    with recording(): ema.update()
+    [ready] = ema.plans.values()
+    read = [*ready.plan.shadows[0], *ready.plan.low[0], ready.alphas.alphas, ready.alphas.step]
+    if backend == "triton": read.append(ready.plan.table)
+    references, places = [weakref.ref(t) for t in read], [t.data_ptr() for t in read]
+    ema.load_state_dict(copy.deepcopy(other.state_dict()))
+    torch.testing.assert_close(ready.alphas.alphas.flatten()[:4], torch.tensor([0.6, 0.5, 0.4, 0.4]))
+    assert ready.alphas.step is ema.count and ema.steps == 0 and places == [t.data_ptr() for t in read]
+    assert_equal(ema.weights(), other.weights())
+    model[1].running_mean = model[1].running_mean + 1
+    ema.update()
+    assert all(ready is not other for other in ema.plans.values())
+    address_table.cache_clear()
+    del ready, read
+    gc.collect()
+    assert all(alive(references))
+    del ema
+    gc.collect()
+    assert not any(alive(references))
+
+
+def test_a_longer_schedule_is_refused_where_a_graph_reads_one():
+    model = network()
+    pair = [ModelEma(model, momentum=m, capturable=True) for m in (0.9, 0.8)]
+    update_emas(pair)
+    longer = ModelEma(network(seed=1), momentum=0.5, start=50, capturable=True).state_dict()
+    pair[1].load_state_dict(longer)
+    assert pair[1].momentum_at(50) == 0 and pair[1].steps == 0
+    with pytest.raises(UserError, match="equally many steps"): update_emas(pair)
+    pair[0].load_state_dict(longer)
+    update_emas(pair)
+    with recording(): update_emas(pair)
+    before = copy.deepcopy(pair[1].state_dict())
+    for options in (dict(start=99), dict(update_period=2)):
+        with pytest.raises(UserError, match="a graph has captured this average with a shorter schedule, or another"):
+            pair[1].load_state_dict(ModelEma(model, **options).state_dict())
+    assert pair[1].settings == before["settings"] and pair[1].steps == 2
+    assert_equal(pair[1].module.state_dict(), before["module"])
+    [ready] = pair[0].captured
+    alphas = ready.alphas.alphas
+    pair[1].load_state_dict(ModelEma(model, momentum=0.25, start=3).state_dict())
+    want = [[1, 1]] * 3 + [[1, 0.75]] * 47 + [[0.5, 0.75]] * (len(alphas) - 50)
+    assert len(alphas) > 51 and alphas is ready.alphas.alphas and alphas.tolist() == want
+
+
+@pytest.mark.skipif(not INTERPRETER, reason="uses the kernel on a CPU")
+def test_the_table_of_a_captured_blend_is_kept():
+    params, tables = [torch.ones(9)], []
+    for captured in (True, False):
+        shadows = [torch.zeros(9)]
+        with recording(), pytest.raises(UserError, match="once before"): ema_blend_(shadows, params, 0.5, backend="triton")
+        ema_blend_(shadows, params, 0.5, backend="triton")
+        tables.append(weakref.ref(make_plan([shadows], params, "triton").table))
+        with recording() if captured else nullcontext(): ema_blend_(shadows, params, 0.5, backend="triton")
+    for shadow in torch.zeros(40, 9): ema_blend_([shadow], params, 0.5, backend="triton")
+    gc.collect()
+    assert alive(tables) == [True, False]
+
+
+class OnGpu(torch.Tensor):
+    "A tensor in host memory that says that it is not."
+    is_cuda = True
+
+
+def test_an_average_on_another_gpu_is_not_pinned(monkeypatch):
+    empty_like = torch.empty_like
+
+    def as_torch_does(tensor, *, device=None, pin_memory=False, **options):
+        if pin_memory and torch.device(device).type != "cpu": raise RuntimeError("Only dense CPU tensors can be pinned")
+        return empty_like(tensor, device=device, **options)
+    monkeypatch.setattr(torch, "empty_like", as_torch_does)
+    ema = ModelEma(model := nn.Linear(3, 2), device="meta", backend="torch")  # meta: the other GPU
+    for name, p in [*model.named_parameters()]: setattr(model, name, nn.Parameter(p.detach().as_subclass(OnGpu)))
+    for _ in range(2): ema.update()
+    assert ema.steps == 2
+    [ready] = ema.plans.values()
+    assert [copy.device.type for _, copy in ready.staged] == ["meta", "meta"]
+
+
+def test_parameters_are_sent_without_waiting(monkeypatch):
+    log = []
+
+    class Event:
+        def record(self, stream): log.append(("record", stream))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")  # that cannot be waited for
+    monkeypatch.setattr(OnGpu, "__torch_function__", torch._C._disabled_torch_function_impl)
+    here, gpu = torch.zeros(3), torch.arange(3.0).as_subclass(OnGpu)
+    assert isinstance(send([(gpu, here)]), Event) and log == [("record", "stream")] and here.tolist() == [0, 1, 2]
+    other = torch.zeros(3).as_subclass(OnGpu)
+    monkeypatch.setattr(OnGpu, "device", torch.device("cuda:1"))
+    assert send([(gpu, other)]) is None and send([]) is None and send([(here, other)]) is None and len(log) == 1
+    assert other.tolist() == [0, 1, 2]
+
+
+class Link:
+    "Copies that arrive when somebody waits for them; until then there is nothing."
+    def __init__(self): self.log = []
+
+    def send(self, staged):
+        if not staged: return None
+        sent, n = [(there, p.clone()) for p, there in staged], sum(word == "send" for word, _ in self.log) + 1
+        for there, p in sent: there.fill_(float("nan") if p.is_floating_point() else -1)
+        self.log.append(("send", n))
+
+        class Arrival:
+            def synchronize(_):
+                self.log.append(("wait", n))
+                for there, p in sent: there.copy_(p)
+        return Arrival()
+
+
+READS = {
+    "module": lambda ema: ema.module.state_dict(), "weights": lambda ema: ema.weights(),
+    "state_dict": lambda ema: ema.state_dict()["module"], "tensors": lambda ema: ema.tensors()}
+
+
+@pytest.mark.parametrize("K", (1, 2))
+@pytest.mark.parametrize("read", READS)
+def test_an_average_in_host_memory_waits_for_the_last_copy_alone(read, K, monkeypatch):
+    link, model = Link(), network()
+    here = [ModelEma(model, momentum=m, start=2) for m in (0.9, 0.5)[:K]]
+    update_emas(here)
+    monkeypatch.setattr("tritoncls.ema.staging", lambda ps, es: [(p, torch.empty_like(p)) for p in ps])
+    monkeypatch.setattr("tritoncls.ema.send", link.send)
+    there = [ModelEma(model, momentum=m, start=2) for m in (0.9, 0.5)[:K]]
+    step = stepper(model)
+    update_emas(there)
+    for n in range(2, 8):
+        step()
+        update_emas(here)
+        update_emas(there)
+        assert link.log[-2:] == [("wait", n - 1), ("send", n)]
+        if n % 3: continue
+        for a, b in zip(here, there, strict=True): assert_equal(READS[read](a), READS[read](b))
+        assert link.log[-1] == ("wait", n)
+    with there[-1].swap(): assert_equal(model.state_dict(), here[-1].module.state_dict())
+    step()
+    update_emas(there)
+    there[0].load_state_dict(here[0].state_dict())
+    assert_equal(there[0].module.state_dict(), here[0].module.state_dict())
+    assert link.log == [(word, n) for n in range(1, 9) for word in ("send", "wait")]
+
+
+def test_a_graph_cannot_average_in_host_memory(monkeypatch):
+    monkeypatch.setattr("tritoncls.ema.staging", lambda ps, es: [(p, torch.empty_like(p)) for p in ps])
+    with pytest.raises(UserError, match="capturable.*the model's device"): ModelEma(network(), capturable=True).update()
 
 
 def test_include_and_exclude():
@@ -248,6 +517,110 @@ def test_names_and_shapes_that_do_not_match_are_named():
     with pytest.raises(UserError, match="4.weight is on the meta device"): ema.update()
 
 
+def other_averages(model):
+    "States that people have, with the number of steps that they tell."
+    timm = pytest.importorskip("timm.utils")
+    from torch.optim.swa_utils import AveragedModel
+
+    averaged, wrapped, v1 = AveragedModel(model), AveragedModel(nn.DataParallel(model)), timm.ModelEma(model, decay=0.9)
+    for _ in range(3): averaged.update_parameters(model)
+    yield "a model", model.state_dict(), None
+    yield "a compiled model", torch.compile(model, backend="eager").state_dict(), None
+    yield "a wrapped model", nn.DataParallel(model).state_dict(), None
+    yield "timm, first version", v1.ema.state_dict(), None
+    yield "timm, second version", timm.ModelEmaV2(model, decay=0.9).state_dict(), None
+    yield "timm, third version", timm.ModelEmaV3(model, decay=0.9).state_dict(), None
+    yield "torch", averaged.state_dict(), 3
+    yield "torch, of a wrapped model", wrapped.state_dict(), 0
+    yield "ours, without the rest", {"module": model.state_dict()}, None
+
+
+@pytest.mark.parametrize("capturable", (False, True))
+def test_states_of_models_and_of_other_averages(capturable, tmp_path):
+    source = network(seed=1)
+    source[1].num_batches_tracked += 9
+    for name, state, steps in other_averages(source):
+        for options in (dict(capturable=capturable), dict(dtype=torch.bfloat16, rounding="split")):
+            ema = ModelEma(network(), momentum=0.9, start=1, **options)
+            for _ in range(5): ema.update()
+            torch.save(state, tmp_path / "state.pt")
+            ema.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+            assert_equal(ema.weights(), source.state_dict())
+            assert ema.steps == (5 if steps is None else steps) and ema.settings["momentum"] == 0.9, name
+
+
+def test_an_average_of_torch_goes_on_here():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+    for function, options in ((get_ema_multi_avg_fn(0.9), dict(momentum=0.9, start=1)),
+                              (get_swa_multi_avg_fn(), dict(schedule=momentum_schedule("swa", 6)))):
+        model = network()
+        theirs, step = AveragedModel(model, multi_avg_fn=function), stepper(model)
+        ours = ModelEma(model, **options)
+        for n in range(6):
+            step()
+            if n == 3: ours.load_state_dict(theirs.state_dict())
+            theirs.update_parameters(model)
+            if n >= 3: ours.update()
+        assert ours.steps == theirs.n_averaged == 6
+        assert_equal(*(dict(a.module.named_parameters()) for a in (ours, theirs)), rtol=1e-6, atol=1e-7)
+
+
+def test_an_extra_state_is_loaded_as_it_is():
+    class Extra(nn.Linear):
+        note = None
+
+        def get_extra_state(self): return self.note
+
+        def set_extra_state(self, state): self.note = state
+    source, ema = nn.Sequential(Extra(2, 2), Extra(2, 2)), ModelEma(nn.Sequential(Extra(2, 2), Extra(2, 2)))
+    source[0].note, source[1].note = torch.arange(3), "words"
+    ema.load_state_dict(source.state_dict())
+    assert ema.module[0].note.tolist() == [0, 1, 2] and ema.module[1].note == "words"
+    assert_equal(dict(ema.module.named_parameters()), dict(source.named_parameters()))
+
+
+def test_states_that_do_not_fit_are_refused_with_names():
+    ema, state = ModelEma(network()), network(seed=1).state_dict()
+    before = copy.deepcopy(ema.state_dict())
+    lacks = {name: t for name, t in state.items() if not name.startswith("1.running")}
+    cases = {
+        r"missing: 1.running_mean, 1.running_var; states of ModelEma, a model, timm's": lacks,
+        r"unexpected: 4.extra;": state | {"4.extra": torch.zeros(1)},
+        r"missing: 0.bias, 0.weight, 1.bias and 6 more; unexpected: arch, epoch, state_dict and 1 more; perhaps you mean its "
+        r"entry 'state_dict', 'state_dict_ema'": dict(epoch=3, arch="x", state_dict=state, state_dict_ema=state),
+        r"missing: 0.bias.*; unexpected: decay, num_updates, shadow_params": dict(decay=0.9, num_updates=3, shadow_params=[]),
+        r"4.weight is \(11, 72\) in the state, \(10, 72\) in the average": state | {"4.weight": torch.zeros(11, 72)},
+        r"4.bias is int in the state, \(10,\) in the average": state | {"4.bias": 1},
+        r"unexpected: 9.weight": before | dict(low={"9.weight": torch.zeros(1)}),
+        "a state is a dictionary, not a Sequential": network()}
+    for message, wrong in cases.items():
+        with pytest.raises(UserError, match=message): ema.load_state_dict(wrong)
+    assert_equal(ema.state_dict()["module"], before["module"])
+
+
+def test_what_users_of_other_libraries_write_first():
+    model = network()
+    ema = ModelEma(model, momentum=0.5)
+    with pytest.raises(UserError, match=r"update takes no model.*write ema.update\(\)"): ema.update(model)
+    with pytest.raises(UserError, match=r"write ema.update\(\)"): ema.update(model, 7)
+    with pytest.raises(UserError, match=r"write ema.update\(found_inf=found_inf\)"): ema.update(torch.ones(1))
+    assert ema.steps == 0
+    with pytest.raises(AttributeError, match=r"no 'set'.*write ema.load_state_dict\(model.state_dict\(\)\)"): ema.set(model)
+    with pytest.raises(AttributeError, match=r"no 'ema_model'.*write ema.module"): _ = ema.ema_model
+    with pytest.raises(AttributeError, match="no 'sett'"): _ = ema.sett
+    assert not hasattr(ema, "update_parameters")
+    for options, message in (
+            (dict(decay=0.9), "'decay'.*write momentum=0.9"), (dict(beta=0.9), "'beta'.*write momentum=0.9"),
+            (dict(update_after_step=3), r"'update_after_step'.*write start=3 \+ 1"), (dict(use_warmup=True), "inverse_gamma"),
+            (dict(exclude_buffers=True), r"exclude=\['running_', 'num_batches'\]"), (dict(avg_fn=min), "schedule="),
+            (dict(momentun=0.9), r"'momentun'; allowed: momentum, schedule, update_period, .*, backend$")):
+        with pytest.raises(UserError, match=message): ModelEma(model, **options)
+    with pytest.raises(UserError, match="write momentum=0.9"): ModelEma(model, 0.9)
+    ema.load_state_dict(network(seed=1).state_dict())
+    assert_equal(ema.module.state_dict(), network(seed=1).state_dict())
+
+
 def test_compiled_and_wrapped_models():
     model = network()
     compiled = torch.compile(model, backend="eager")
@@ -266,6 +639,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from tritoncls.ema import ModelEma
+from tritoncls.runtime import backends_on
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(0)
@@ -287,7 +661,7 @@ mesh = torch.distributed.init_device_mesh("cpu", (world,))
 sharded = nn.Linear(6, 8)
 full = {n: p.detach().clone() for n, p in sharded.named_parameters()}
 for n in full: setattr(sharded, n, nn.Parameter(distribute_tensor(full[n], mesh, [Shard(0)])))
-for backend in ("torch", "triton"):
+for backend in backends_on("cpu"):
     ema = ModelEma(sharded, momentum=0.75, backend=backend)
     with torch.no_grad():
         for p in sharded.parameters(): p.add_(1)
@@ -297,6 +671,30 @@ for backend in ("torch", "triton"):
         e = dict(ema.module.named_parameters())[n]
         assert e.to_local().shape[0] == 8 // world
         torch.testing.assert_close(e.full_tensor(), was[n].lerp(p.detach().full_tensor(), 0.25))
+    halves = ModelEma(sharded, momentum=0.75, backend=backend, dtype=torch.bfloat16, rounding="split")
+    whole, again = ModelEma(sharded, momentum=0.75, backend=backend), ModelEma(sharded, dtype=torch.bfloat16, rounding="split")
+    with torch.no_grad():
+        for p in sharded.parameters(): p.mul_(1.01)
+    whole.update()
+    halves.update()
+    again.load_state_dict(halves.state_dict())
+    for average in (halves, again):
+        for n, e in average.weights().items():
+            assert torch.equal(e.full_tensor(), whole.module.state_dict()[n].full_tensor())
+            assert average.low[n].shape == e.shape and average.low[n].to_local().shape[0] == 8 // world
+    narrow = nn.Linear(6, 8)
+    for n in full: setattr(narrow, n, nn.Parameter(distribute_tensor(full[n].bfloat16(), mesh, [Shard(0)])))
+    wide, plain = ModelEma(narrow, momentum=0.9999, backend=backend), ModelEma(nn.Linear(6, 8).bfloat16(), momentum=0.9999)
+    for n, p in narrow.named_parameters():
+        e, q = (dict(average.module.named_parameters())[n] for average in (wide, plain))
+        dict(plain.model.named_parameters())[n].data.copy_(full[n] * 1.5)
+        q.copy_(full[n].bfloat16())
+        p.data.mul_(1.5)
+        assert e.dtype == e.to_local().dtype == torch.float32
+    wide.update()
+    plain.update()
+    for n, e in wide.module.named_parameters():
+        torch.testing.assert_close(e.full_tensor(), dict(plain.module.named_parameters())[n])
     own = {n: p.detach().full_tensor().clone() for n, p in sharded.named_parameters()}
     with ema.swap():
         for p, e in zip(sharded.parameters(), ema.module.parameters()): assert torch.equal(p.full_tensor(), e.full_tensor())
@@ -311,7 +709,7 @@ def test_data_parallel_and_sharded_parameters(tmp_path):
     (tmp_path / "program.py").write_text(DISTRIBUTED)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "program.py"],
-        capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()})
+        capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stdout.count("all well") == 2, done.stderr[-3000:]
 
 

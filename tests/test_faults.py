@@ -2,6 +2,7 @@
 
 Each is a process of its own with a limit of its own, and leaves none behind.
 """
+import errno
 import json
 import os
 import re
@@ -16,17 +17,20 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from test_distributed import train, trained
 import torch
 
 from tritoncls.checkpoint import load_checkpoint
 from tritoncls.config import load_config
 from tritoncls.data import Keys, build_dataloaders, digits_split
 from tritoncls.faults import INTERRUPTED, NAN_BATCHES, PREEMPTED
+from tritoncls.sharded import tensors_of
 
 # Hooks and losses for the runs: one that says when an iteration is over and waits a little, one that kills a reader.
 EXTRA = """
 import multiprocessing, os, random, signal, threading, time
 import torch
+from tritoncls.checkpoint import finish_saving
 from tritoncls.hooks import BaseHook, default_hooks
 from tritoncls.registry import registers
 
@@ -41,6 +45,27 @@ class KillsReader(BaseHook):
         if self.trainer.progress.current_iter != 2: return
         rng, readers = random.Random(self.trainer.cfg.seed), multiprocessing.active_children()
         threading.Timer(rng.choice([0, rng.uniform(0, 0.3)]), os.kill, [rng.choice(readers).pid, signal.SIGKILL]).start()
+
+class Fails(BaseHook):
+    "From now on, or from the third iteration on, what is written does not reach the disk."
+    def __init__(self):
+        number, self.when = os.environ["FAILS"].split(" ", 1)
+        self.error = OSError(int(number), os.strerror(int(number)))
+    def before_train(self): self.fail() if self.when == "at once" else None
+    def after_iter(self): self.fail() if self.trainer.progress.current_iter == 2 else None
+    def fail(self):
+        def fsync(*_): raise self.error
+        finish_saving(self.trainer)
+        os.fsync = fsync
+
+class Crashes(BaseHook):
+    def after_iter(self): raise ArithmeticError("never seen")
+
+@registers.hooks.register("Failing")
+def failing(cfg, test, resume=False): return [Fails(), *default_hooks(cfg, test, resume)]
+
+@registers.hooks.register("Crashing")
+def crashing(cfg, test, resume=False): return [*default_hooks(cfg, test, resume), Crashes()]
 
 @registers.hooks.register("Saying")
 def saying(cfg, test, resume=False): return [Says(), *default_hooks(cfg, test, resume)]
@@ -65,7 +90,7 @@ def command(folder, *more):
     (folder.parent / "extra.py").write_text(EXTRA)
     return dict(args=[sys.executable, "-m", "tritoncls.cli", "train", *SMALL, f"output_dir={folder}", *more], cwd=folder.parent,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONWARNINGS": "ignore"})
+                env={**os.environ, "PYTHONWARNINGS": "ignore"})
 
 
 def alive(group: int) -> list[str]:
@@ -175,7 +200,7 @@ def test_a_reader_that_dies_ends_the_run_with_the_same_line(seed, tmp_path):
                             "data.length=20000", "preprocess.img_size=8")
     assert code == 1
     assert re.fullmatch(r"error: a process that reads images \(pid \d+\) was killed by signal 9 \(Killed\); often memory has "
-                        r"run out, and fewer data.num_workers need less; --resume goes on\n", err), err
+                        r"run out, and fewer data.num_workers need less\n", err), err
 
 
 @pytest.mark.slow
@@ -196,6 +221,32 @@ def test_a_full_disk_ends_the_run_with_a_line_and_the_checkpoint_stays(strategy,
     assert not list((tmp_path / "run").glob(".*")) and ended(tmp_path / "run", "--resume")[0] == 0
 
 
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("number", "when", "strategy"), [
+    (errno.ENOSPC, "later", "ddp"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (errno.ENOSPC, "later", "fsdp"), (errno.ENOSPC, "at once", "ddp"), (errno.EDQUOT, "later", "ddp"),
+        (errno.EIO, "later", "ddp"), (errno.EIO, "later", "fsdp"), (errno.EIO, "at once", "ddp")))])
+def test_advice_is_given_where_it_helps(number, when, strategy, tmp_path):
+    "Room is only wanted where it is lacking, and nobody can go on where there is no checkpoint."
+    folder, keys = tmp_path / "run", ("hooks_name=Failing", f"distributed.strategy={strategy}", "eval_every_n_epoch=9")
+    env = command(folder)["env"] | {"FAILS": f"{number} {when}"} | (group_of_one() if strategy == "fsdp" else {})
+    code, _, err = finished(folder, *keys, env=env)
+    assert code == 1 and "Traceback" not in err and err.count("\n") == 1, err
+    said = [f"error: {folder}/latest.pt could not be written: [Errno {number}] {os.strerror(number)}"]
+    if number != errno.EIO: said.append("make room")
+    if when == "later": said.append(f"--resume output_dir={folder} goes on from {folder}/latest.pt")
+    assert err == "; ".join(said) + "\n" and (folder / "latest.pt").exists() == (when == "later")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(100)
+def test_a_crash_says_how_to_go_on_too(tmp_path):
+    folder = tmp_path / "run"
+    code, _, err = finished(folder, "hooks_name=Crashing")
+    assert code == 1 and "Traceback" in err
+    assert err.endswith(f"ArithmeticError: never seen\n--resume output_dir={folder} goes on from {folder}/latest.pt\n")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_loss_that_is_nan_for_too_long_ends_the_run(tmp_path):
@@ -207,6 +258,46 @@ def test_a_loss_that_is_nan_for_too_long_ends_the_run(tmp_path):
     order = list(Keys(len(digits_split()[0]), 128, 7, True))
     assert [row["images"] for row in rows] == [order[i][:, 0].tolist() for i in (6, 7, 8)]
     assert load_checkpoint(tmp_path / "run" / "latest.pt")["epoch"] == 0
+
+
+LOSES_NUMBERS = {  # the loss is NaN from iteration 6 on; what is configured -> epochs in the last good checkpoint
+    ("batch_size=400",): 2, ("max_nan_iters=100",): 0, ("max_nan_iters=0", "batch_size=250"): 1,
+    ("batch_size=400", "distributed.strategy=fsdp"): 2}
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("keys", [
+    ("batch_size=400",), *(pytest.param(keys, marks=pytest.mark.slow) for keys in [*LOSES_NUMBERS][1:])])
+def test_nothing_good_is_overwritten_by_nan(keys, tmp_path):
+    "The run ends when it would save NaN, and says what to go on from, which works."
+    folder, env = tmp_path / "run", command(tmp_path / "run")["env"]
+    if "distributed.strategy=fsdp" in keys: env |= group_of_one()
+    code, _, err = finished(folder, "loss.name=Exploding", "solver.max_epoch=9", "save_every_n_epoch=1", *keys, env=env)
+    assert code == 1 and "Traceback" not in err and err.count("\n") == 1
+    assert f"--resume output_dir={folder} goes on from {folder}/latest.pt" in err
+    for name in ("latest.pt", "latest.previous.pt"):
+        if not (folder / name).exists() and not LOSES_NUMBERS[keys]: continue
+        state = load_checkpoint(folder / name)
+        assert all(t.isfinite().all() for t in tensors_of(state).values())
+        assert state["epoch"] == LOSES_NUMBERS[keys] - (name != "latest.pt")
+    assert not (folder / f"epoch{LOSES_NUMBERS[keys] + 1}.pt").exists()
+    more = ("--resume", f"output_dir={folder}", "loss.name=CrossEntropy", "solver.max_epoch=3")
+    code, _, err = finished(folder, *more, *keys, env=env)
+    assert code == 0, err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_processes_end_where_nan_would_be_saved(strategy, tmp_path):
+    command(tmp_path / "run")
+    began, keys = time.monotonic(), ("batch_size=200", "loss.name=Exploding", f"distributed.strategy={strategy}")
+    ended = train(tmp_path, 2, *SMALL, *keys, "output_dir=run")
+    assert ended.returncode == 1 and time.monotonic() - began < 100
+    assert "which is not saved; --resume output_dir=run goes on from run/latest.pt; " in ended.stderr, ended.stderr
+    state = load_checkpoint(tmp_path / "run/latest.pt")
+    assert state["epoch"] == 2 and all(t.isfinite().all() for t in tensors_of(state).values())
+    trained(tmp_path, 2, "--resume", "output_dir=run", "loss.name=CrossEntropy")
 
 
 # The loader's part

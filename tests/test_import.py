@@ -3,6 +3,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 ALONE = ("runtime", "kernels.rows", "kernels.rank", "kernels.cross_entropy", "kernels.binary_cross_entropy",
          "kernels.rounding", "kernels.multi_tensor", "kernels.ema_blend", "kernels.machine_code", "kernels.inspect", "registry",
          "losses", "ema", "clock", "workloads", "iterations", "bench")
@@ -48,6 +50,7 @@ print(any(name.split(".")[0] in ("nbdev", "fastcore", "execnb") for name in sys.
 """)
 
 
+@pytest.mark.triton
 def test_triton_imported_first_is_explained():
     out = python("""
 import os

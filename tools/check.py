@@ -5,12 +5,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import nbformat
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+HIDES_TRITON = os.pathsep.join(filter(None, [str(ROOT / "tests" / "without_triton"), os.environ.get("PYTHONPATH")]))
 Count = tuple[int, int, int]  # passed, failed, skipped
 
 
@@ -65,19 +67,25 @@ def readme_in_sync() -> Count:
     return (0, 1, 0) if code else (1, 0, 0)
 
 
-def notebook_tests() -> Count:
+def stub_in_sync() -> Count:
+    code, _ = run(sys.executable, ROOT / "tools" / "stub.py", "--check")
+    return (0, 1, 0) if code else (1, 0, 0)
+
+
+def notebook_tests(**environment: str) -> Count:
     "nbdev_test, the cells marked cuda included where there is a GPU."
     import torch
 
-    flags = ["--flags", "cuda"] if torch.cuda.is_available() else []
-    code, output = run(BIN / "nbdev_test", "--n_workers", "2", *flags, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    flags = ["--flags", "cuda"] if torch.cuda.is_available() and not environment else []
+    code, output = run(BIN / "nbdev_test", "--n_workers", "2", *flags, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore",
+                       **environment)
     failed = len(re.findall(r"^\t\S+\.ipynb$", output, re.M))
     if code and not failed: failed = len(notebooks())
     return len(notebooks()) - failed, failed, 0
 
 
-def pytest() -> Count:
-    code, output = run(sys.executable, "-m", "pytest", "-m", "not slow", "-n", "2", OMP_NUM_THREADS="1")
+def pytest(**environment: str) -> Count:
+    code, output = run(sys.executable, "-m", "pytest", "-m", "not slow", "-n", "2", OMP_NUM_THREADS="1", **environment)
     count = lambda word: sum(map(int, re.findall(rf"(\d+) {word}", output.splitlines()[-1] if output else "")))
     failed = count("failed") + count("errors?")
     return count("passed"), failed or int(code != 0), count("skipped")
@@ -90,7 +98,9 @@ def ruff() -> Count:
 
 CHECKS = {
     "valid notebooks": valid_notebooks, "export in sync": export_in_sync, "README in sync": readme_in_sync,
-    "ruff": ruff, "nbdev_test": notebook_tests, "pytest": pytest}
+    "stub in sync": stub_in_sync, "ruff": ruff, "nbdev_test": notebook_tests, "pytest": pytest,
+    "nbdev_test without Triton": partial(notebook_tests, PYTHONPATH=HIDES_TRITON),
+    "pytest without Triton": partial(pytest, PYTHONPATH=HIDES_TRITON)}
 
 
 def main() -> None:
@@ -100,7 +110,7 @@ def main() -> None:
         counts[name] = check()
     print()
     say = lambda count: f"{count[0]} passed, {count[1]} failed" + (f", {count[2]} skipped" if count[2] else "")
-    for name, count in counts.items(): print(f"{name:16} {say(count)}")
+    for name, count in counts.items(): print(f"{name:26} {say(count)}")
     total = tuple(map(sum, zip(*counts.values(), strict=True)))
     print(f"total: {say(total)}")
     sys.exit(bool(total[1]))

@@ -32,10 +32,8 @@ import torch
 from . import __version__
 from .clock import NO_MEMORY, TIME_IS_UP, TOO_LARGE, Row, Work, count_launches, cpu_rows, gpu_rows, of_copy, wake_up
 from .iterations import ema_work, step_work, tune_averages, with_shares
-from .runtime import UserError, pick_device
+from .runtime import UserError, pick_device, triton
 from .workloads import GPU_SHAPES, compile_ahead, copy_work, loss_work, missing, tune_losses
-
-import triton
 
 # %% ../nbs/51_bench.ipynb #c73cef25
 def tune_work(device: torch.device) -> Iterator[Work]: return chain(tune_averages(device), tune_losses(device))
@@ -53,7 +51,7 @@ def versions() -> dict[str, str | None]:
         try: return version(package)
         except PackageNotFoundError: return None
     return {"tritoncls": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "cuda": torch.version.cuda, "hip": torch.version.hip, "triton": triton.__version__,
+            "cuda": torch.version.cuda, "hip": torch.version.hip, "triton": getattr(triton, "__version__", None),
             **{package: of(package) for package in ("timm", "torchvision", "liger-kernel", "quack-kernels")}}
 
 
@@ -194,7 +192,7 @@ def bench(
     print(f"{'case':50} {'way':22}" + " ".join(f"{name:>{width}}" for name, (width, _) in WIDTHS.items()))
     keep = None if file is None else partial(write_result, file=file, part=part)
     result = run(ALL if part == "all" else (part,), device, partial(print_rows, first={}), keep)
-    print(f"{result['device']}; torch {torch.__version__}, Triton {triton.__version__}; "
+    print(f"{result['device']}; torch {torch.__version__}, Triton {getattr(triton, '__version__', 'missing')}; "
           f"a copy reaches {result['copy_gbps']} GB/s")
     if file is not None: print(f"written to {result_path(result, file, part)}")
     failed = [row for row in result["rows"] if "tritoncls" in row["impl"] and row["us"] is None

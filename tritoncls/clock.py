@@ -156,8 +156,7 @@ def captured(call: Callable[[], Any], calls: int = 1) -> Callable[[], None]:
 
 def end_capture(pool: tuple[int, int]) -> None:
     "Bring the allocator and the random numbers back from a capture that PyTorch has not ended."
-    ends = [getattr(torch._C, f"_cuda_endAllocate{name}ToPool", None) for name in ("", "CurrentStream")]  # now, and in 2.6
-    with suppress(RuntimeError, StopIteration): next(filter(None, ends))(torch.cuda.current_device(), pool)
+    with suppress(RuntimeError): torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
     with suppress(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.cuda._sleep(1)
 

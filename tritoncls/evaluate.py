@@ -17,7 +17,7 @@ from torch import nn
 
 from .augment import Preprocess
 from .losses import binary_cross_entropy, cross_entropy
-from .runtime import UserError, evaluating, world_size
+from .runtime import UserError, evaluating, widest, world_size
 
 if TYPE_CHECKING: from matplotlib.axes import Axes
 
@@ -58,7 +58,8 @@ def evaluate(
     backend: str = "auto",     # "auto", "triton" or "torch"
 ) -> Accuracy:
     "Accuracy and mean loss over all batches; with several processes, over all of theirs."
-    sums = torch.zeros(5, dtype=torch.float64, device=preprocess.mean.device)  # hits at 1 and 5, loss, images, batches of rows
+    device = preprocess.mean.device
+    sums = torch.zeros(5, dtype=widest(device), device=device)  # hits at 1 and 5, loss, images, batches of rows
     scores, labels = [], []
     with evaluating(model):
         for batch in dataloader:
@@ -71,7 +72,7 @@ def evaluate(
             if confusion is not None: add_to_confusion(confusion, logits, target)
             out = (binary_cross_entropy if multi_label else cross_entropy)(logits, target, reduction="none", backend=backend)
             sums[:2] += out.correct
-            sums[2] += out.loss.double().sum() / (logits.shape[1] if multi_label else 1)
+            sums[2] += out.loss.to(sums.dtype).sum() / (logits.shape[1] if multi_label else 1)
             sums[3] += len(target)
             sums[4] += multi_label
     *totals, count, rows = summed(sums).tolist()
@@ -97,7 +98,7 @@ def per_class_accuracy(
     counts: torch.Tensor,  # (C, C) a row per class, a column per answer
 ) -> torch.Tensor:         # (C,) fp64, percent; nan for classes without images
     "Top-1 accuracy of each class."
-    return 100 * counts.diag().double() / counts.sum(1)
+    return 100 * counts.diag().to(widest(counts.device)) / counts.sum(1)
 
 # %% ../nbs/42_evaluate.ipynb #a69e2f41
 def plot_confusion(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAILED', 'MISTAKE', 'INTERRUPTED', 'PREEMPTED', 'ASK_EVERY', 'NAN_BATCHES', 'LINES', 'Preempted', 'PreemptionHook',
-           'interruptible', 'NotFinite', 'NanHook', 'batch_content', 'failure_line', 'watched']
+           'interruptible', 'NanHook', 'batch_content', 'failure_line', 'going_on', 'watched']
 
 # %% ../nbs/47_faults.ipynb #c11ffdce
 import json
@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .checkpoint import finish_saving, save_trainer
+from .checkpoint import NotFinite, finish_saving, not_finite, save_trainer, way_on
 from .config import Config
 from .data import WorkerDied
-from .files import write_text
+from .files import NoRoom, write_text
 from .logs import LATEST, BaseHook, output_folder
 from .meters import Reading, mean_over_processes, to_host
 from .runtime import UserError, in_group
@@ -116,10 +116,6 @@ def interruptible(
 NAN_BATCHES = "nan_batches.json"
 
 
-class NotFinite(RuntimeError):
-    "The loss has not been a finite number for too long."
-
-
 class NanHook(BaseHook):
     "Stops a run whose loss is inf or nan `max_nan_iters` times in a row, and writes down what the batches were."
     def __init__(self, cfg: Config):
@@ -153,8 +149,9 @@ class NanHook(BaseHook):
         first, last = ("epoch {epoch}, iteration {iter}".format_map(self.bad[i]) for i in (0, -1))
         if self.leads: write_text(self.path, json.dumps(
             [row | batch_content(self.trainer, row["epoch"], row["iter"]) for row in self.bad], indent=1) + "\n")
-        raise NotFinite(f"the loss was inf or nan {self.limit} times in a row, from {first} to {last}; "
-                        f"{self.path} lists the images of these batches")
+        finish_saving(self.trainer)
+        raise not_finite(f"the loss was inf or nan {self.limit} times in a row, from {first} to {last}; "
+                         f"{self.path} lists the images of these batches", self.path.parent)
 
 # %% ../nbs/47_faults.ipynb #9b5fe81f
 def batch_content(
@@ -174,8 +171,9 @@ def batch_content(
 LINES = (  # an error, the words it is known by, what to say
     (UserError, "", "{}"),
     (NotFinite, "", "{}"),
-    (OSError, "could not be written", "{}; earlier checkpoints are as they were: make room, then --resume"),
-    (WorkerDied, "", "{}; often memory has run out, and fewer data.num_workers need less; --resume goes on"))
+    (NoRoom, "", "{}; make room"),
+    (OSError, "could not be written", "{}"),
+    (WorkerDied, "", "{}; often memory has run out, and fewer data.num_workers need less"))
 
 
 def failure_line(
@@ -183,8 +181,21 @@ def failure_line(
 ) -> str | None:       # None: it calls for the traceback
     "What to tell the user."
     for kind, words, line in LINES:
-        if isinstance(error, kind) and words in str(error): return line.format(str(error))
+        if isinstance(error, kind) and words in str(error):
+            return "; ".join([line.format(str(error)), *getattr(error, "__notes__", ())])
     return None
+
+
+@contextmanager
+def going_on(
+    folder: Path,  # of the run
+) -> Iterator[None]:
+    "Inside this context, an error gets a note that says how to go on."
+    try: yield
+    except (UserError, NotFinite): raise
+    except Exception as error:
+        if way := way_on(folder): error.add_note(way)
+        raise
 
 # %% ../nbs/47_faults.ipynb #b98baa24
 def watched(

@@ -18,7 +18,7 @@ from torch import nn
 
 from .checkpoint import (
     finish_saving, load_checkpoint, prediction_metadata, restore, save_trainer, save_weights, share_place, weights_metadata)
-from .config import Config
+from .config import Config, dump_yaml
 from .distributed import whole
 from .evaluate import Accuracy, evaluate
 from .files import write_text
@@ -76,6 +76,7 @@ class ResumeHook(BaseHook):
 
     def before_train(self) -> None:
         restore(self.trainer, load_checkpoint(self.path, self.trainer.device, share_place(self.trainer)))
+        if self.leads: write_text(self.path.with_name(CONFIG), dump_yaml(self.trainer.cfg))  # it fits: the run goes on with it
 
 
 class CheckpointHook(BaseHook):

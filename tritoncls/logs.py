@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = ['LATEST', 'LOG', 'CONFIG', 'SUMMARY', 'RECORD_NAMES', 'BaseHook', 'epochs_done', 'measured', 'output_folder',
            'Snapshot', 'take_snapshot', 'LateHook', 'train_record', 'log_line', 'place', 'eval_record', 'eval_line',
-           'plain', 'append_record', 'end_last_line', 'read_log', 'LoggerHook', 'tensorboard_tag', 'TensorboardHook']
+           'plain', 'append_record', 'end_last_line', 'is_number', 'is_record', 'read_log', 'LoggerHook',
+           'tensorboard_tag', 'TensorboardHook', 'steady_streams']
 
 # %% ../nbs/39_logs.ipynb #be3757f8
+import io
 import json
 import math
+import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .config import Config
+from .files import not_written
 from .meters import Instant, Meter, Reading
 from .runtime import UserError
 
@@ -165,7 +169,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
     "Write one line of JSON."
     try:
         with path.open("a", encoding="utf-8") as file: file.write(json.dumps(plain(record), allow_nan=False) + "\n")
-    except OSError as error: raise OSError(f"{path} could not be written: {error}") from error
+    except OSError as error: raise not_written(path, error) from error
 
 
 def end_last_line(path: Path) -> None:
@@ -173,17 +177,32 @@ def end_last_line(path: Path) -> None:
     if path.is_file() and (text := path.read_bytes()) and not text.endswith(b"\n"):
         with path.open("ab") as file: file.write(b"\n")
 
+# %% ../nbs/39_logs.ipynb #d34a7a13
+def is_number(value: Any) -> bool: return value is None or (isinstance(value, int | float) and abs(value) < 1e300)
+
+
+def is_record(
+    line: Any,     # what JSON makes of a line of the log
+    kind: str,     # "train" or "eval"
+) -> bool:
+    "Whether the line is one that the hooks write: numbers for a log interval, a group of numbers for each evaluated model."
+    if not (isinstance(line, dict) and line.get("kind") == kind and isinstance(line.get("step"), int)): return False
+    figures = {name: value for name, value in line.items() if name != "kind"}
+    groups = [figures.pop(name) for name in [*figures] if isinstance(figures[name], dict) and kind == "eval"]
+    if kind == "eval" and figures.keys() - {"epoch", "step"}: return False
+    return all(map(is_number, figures.values())) and all(
+        "acc1" in group and all(map(is_number, group.values())) for group in groups)
+
 
 def read_log(
     path: Path,       # log.jsonl
     kind: str,        # "train" or "eval"
 ) -> list[dict]:      # by step, the last record of each
-    "The records of one kind, in order."
+    "The records of one kind, in order; other lines are left out."
     records = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if record["kind"] == kind: records[record["step"]] = record
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, RecursionError):
+            if is_record(record := json.loads(line), kind): records[record["step"]] = record
     return [records[step] for step in sorted(records)]
 
 # %% ../nbs/39_logs.ipynb #225943b6
@@ -196,7 +215,7 @@ class LoggerHook(LateHook):
     def before_train(self) -> None:
         p = self.trainer.progress
         self.bar = tqdm(total=p.max_epoch * p.max_iter, initial=p.current_iter, unit="it", file=sys.stdout,
-                        disable=not (self.leads and sys.stdout.isatty()), dynamic_ncols=True)
+                        disable=not (self.leads and sys.stdout and sys.stdout.isatty()), dynamic_ncols=True)
         if self.leads: end_last_line(self.path)
         self.began, self.first = Instant(self.trainer.device), p.current_iter
         self.since, self.logged = self.began, p.current_iter - 1
@@ -231,7 +250,8 @@ class LoggerHook(LateHook):
     def after_eval(self) -> None:
         if not self.leads: return
         append_record(self.path, eval_record(self.trainer))
-        tqdm.write(eval_line(self.trainer), file=sys.stdout)
+        if self.bar.disable: print(eval_line(self.trainer), flush=True)
+        else: tqdm.write(eval_line(self.trainer), file=sys.stdout)
 
     def close(self) -> None:
         super().close()
@@ -277,3 +297,11 @@ class TensorboardHook(LateHook):
     def close(self) -> None:
         super().close()
         if self.writer: self.writer.close()
+
+# %% ../nbs/39_logs.ipynb #d01245a3
+def steady_streams() -> None:
+    "Send what is printed nowhere if the stream is closed; escape letters that the stream cannot show."
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None: setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="backslashreplace")

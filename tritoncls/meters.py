@@ -16,7 +16,7 @@ from numbers import Real
 import torch
 import torch.distributed as dist
 
-from .runtime import UserError, world_size
+from .runtime import UserError, widest, world_size
 
 # %% ../nbs/24_meters.ipynb #479c6249
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def scalar(
     if not isinstance(value, torch.Tensor): found = f"{type(value).__name__} {value!r}"
     elif value.numel() != 1: found = f"a tensor of shape {tuple(value.shape)}"
     elif value.is_complex(): found = f"a tensor of {value.dtype}"
-    else: return (value if value.is_floating_point() else value.double()).detach().reshape(())
+    else: return (value if value.is_floating_point() else value.to(widest(value.device))).detach().reshape(())
     raise UserError(f"meter {name!r}: {found}; allowed: a number, or a tensor with one element")
 
 # %% ../nbs/24_meters.ipynb #5d530b22
@@ -101,7 +101,7 @@ class Reading:
         self._rows = [(names, values.device) for names, values in rows]
         self._copies = {}
         for device in dict.fromkeys(device for _, device in self._rows):
-            values = torch.cat([values for _, values in rows if values.device == device]).double()
+            values = torch.cat([values for _, values in rows if values.device == device]).to(widest(device))
             self._copies[device] = to_host(mean_over_processes(values) if reduced else values)
 
     def result(self) -> dict[str, Meter]:

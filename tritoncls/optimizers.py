@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .config import SolverConfig
-from .runtime import UserError, unwrapped
+from .runtime import UserError, shown, unwrapped
 
 # %% ../nbs/17_optimizers.ipynb #ec466965
 def classifier(
@@ -38,7 +38,8 @@ def regex(
 ) -> re.Pattern:
     "Compile a regular expression, or say which one is wrong."
     try: return re.compile(pattern)
-    except re.error as error: raise UserError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{key}: {shown(pattern)} is not a regular expression: {error}") from None
 
 
 def decay_of(

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from .ema import ModelEma
-from .files import write_atomically
+from .files import read_metadata, write_atomically
 from .runtime import UserError
 from .schedules import momentum_schedule, sigma_rel_to_gamma
 
@@ -111,7 +111,7 @@ def take_snapshot(
                         f"{wanted[n - 1]:.6g}; needed: ModelEma(model, schedule=momentum_schedule('power_function', "
                         f"{ema.steps} or more, sigma_rel={sigma_rel}))")
     state = {name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-             for name, tensor in ema.module.state_dict().items()}
+             for name, tensor in ema.weights().items()}
     return Snapshot(ema.steps, float(sigma_rel), state)
 
 # %% ../nbs/25_posthoc.ipynb #2761a900
@@ -129,13 +129,13 @@ def load_snapshot(path: Path | str) -> Snapshot:
     if not Path(path).is_file(): raise UserError(f"there is no snapshot {path}")
     try:
         with safetensors.safe_open(str(path), "pt") as file:
-            header = json.loads((file.metadata() or {}).get("tritoncls", "{}"))
+            header = read_metadata(path, file.metadata())
             state = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise UserError(f"cannot read the snapshot {path}: {error}") from error
-    if not {"step", "sigma_rel"} <= header.keys():
-        raise UserError(f"{path} is not a snapshot: its header has no step and sigma_rel")
-    return Snapshot(header["step"], header["sigma_rel"], state)
+    step, sigma_rel = header.get("step"), header.get("sigma_rel")
+    if type(step) is int and step >= 1 and isinstance(sigma_rel, float): return Snapshot(step, sigma_rel, state)
+    raise UserError(f"{path} is not a snapshot: its header has no step and sigma_rel")
 
 # %% ../nbs/25_posthoc.ipynb #3c31bfa7
 def _check_states(snapshots):

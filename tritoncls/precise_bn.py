@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .runtime import UserError, evaluating, in_group, unwrapped, world_size
+from .runtime import UserError, evaluating, in_group, unwrapped, widest, world_size
 
 # %% ../nbs/33_precise_bn.ipynb #008a53e2
 class PooledMoments:
@@ -25,7 +25,7 @@ class PooledMoments:
         channels: int,
         device: torch.device,
     ):
-        self.count, self.mean, self.m2 = torch.zeros((3, channels), dtype=torch.float64, device=device)
+        self.count, self.mean, self.m2 = torch.zeros((3, channels), dtype=widest(device), device=device)
 
     def add(
         self,

@@ -6,6 +6,7 @@
 __all__ = ['LUMINANCE', 'weights_config', 'class_names', 'load_model', 'with_channels', 'Prediction', 'probabilities', 'predict']
 
 # %% ../nbs/46_predict.ipynb #1543fade
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,14 +29,16 @@ def weights_config(
     overrides: Iterable[str] = (),    # assignments, "a.b=c"
 ) -> Config:
     "The configuration that the weights were trained with."
-    if not weights.is_file(): raise UserError(f"there are no weights {weights}")
+    if not os.path.isfile(weights): raise UserError(f"there are no weights {weights}")
     beside = weights.parent / CONFIG
-    if file or beside.is_file(): return load_config(file or beside, overrides)
+    if file or beside.is_file(): return load_config(file or beside, overrides, any_name=True)
     if not (text := weights_metadata(weights).get("cfg")):
         raise UserError(f"{weights} holds no configuration, and there is no {beside}: name one with -f")
     values = read_yaml(text, str(weights))
+    try: make_config(values, any_name=True)
+    except UserError as error: raise UserError(f"{weights}: {error}") from None
     for assignment in overrides: assign(values, assignment)
-    return make_config(values)
+    return make_config(values, any_name=True)
 
 
 def class_names(

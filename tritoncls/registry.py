@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from .runtime import UserError
+from .runtime import UserError, shown
 
 # %% ../nbs/02_registry.ipynb #8896a363
 def lookup(
@@ -21,9 +21,9 @@ def lookup(
 ) -> Any:                      # table[name]
     "The entry called `name`, or an error with the names there are."
     if name in table: return table[name]
-    near = difflib.get_close_matches(str(name), table, n=1)
+    near = difflib.get_close_matches(str(name)[:80], table, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown {kind} {name!r}; {hint}known: {', '.join(sorted(table)) or 'none'}")
+    raise UserError(f"unknown {kind} {shown(name)}; {hint}known: {', '.join(sorted(table)) or 'none'}")
 
 # %% ../nbs/02_registry.ipynb #33012592
 class Registry(dict):

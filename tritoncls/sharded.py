@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Route', 'META', 'replaced', 'key_of', 'tensors_of', 'without_numbers', 'is_spread', 'saving_group', 'give_names',
-           'reason', 'save_sharded', 'on_host', 'read_sharded']
+           'cause', 'reason', 'save_sharded', 'on_host', 'read_sharded']
 
 # %% ../nbs/35_sharded.ipynb #3fdc6305
 import os
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .files import remove, second_name
+from .files import not_written, remove, second_name
 from .runtime import UserError, in_group, rank
 
 # %% ../nbs/35_sharded.ipynb #e9d024fa
@@ -87,13 +87,17 @@ def give_names(
     os.replace(written, path)
 
 # %% ../nbs/35_sharded.ipynb #91d5cfb0
-def reason(error: BaseException) -> str:
+def cause(error: BaseException) -> BaseException:
     "What went wrong, without the traceback that torch.distributed.checkpoint makes of it."
     for inner, _ in getattr(error, "failures", {}).values(): error = inner
-    if isinstance(error.__context__, OSError): error = error.__context__
+    return error.__context__ if isinstance(error.__context__, OSError) else error
+
+
+def reason(error: BaseException) -> str:
+    "The kind of error, and its first line."
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
-
+# %% ../nbs/35_sharded.ipynb #01678190
 def save_sharded(
     names: Sequence[tuple[Path, Path | None]],   # as `give_names` has them
     state: dict[str, Any],                       # tensors, DTensors and plain values
@@ -120,7 +124,7 @@ def save_sharded(
             give_names(temporary, names)
         except (Exception, CheckpointException) as error:
             if rank() == 0: remove(temporary)
-            raise OSError(f"{names[0][0]} could not be written: {reason(error)}") from error
+            raise not_written(names[0][0], cause(error)) from error
 
     done = pool.submit(finish)
     pool.shutdown(wait=False)
@@ -147,5 +151,5 @@ def read_sharded(
             warnings.simplefilter("ignore")
             dcp.load(wanted, checkpoint_id=folder)
     except (Exception, CheckpointException) as error:  # the latter is none of the former
-        raise UserError(f"{folder} is damaged: {reason(error)}") from error
+        raise UserError(f"{folder} is damaged: {reason(cause(error))}") from error
     return state

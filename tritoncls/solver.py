@@ -16,7 +16,7 @@ from .config import Config, GradClipConfig, SolverConfig
 from .ema import local
 from .optimizers import OPTIMIZERS, classifier, few, param_groups
 from .registry import lookup, registers
-from .runtime import UserError
+from .runtime import UserError, shown
 
 # %% ../nbs/23_solver.ipynb #31d12c31
 def _clip_norm(params, clip): nn.utils.clip_grad_norm_(params, clip.max_norm)
@@ -74,9 +74,11 @@ def difference(
             return (f"its groups are others, by solver.weight_decay, solver.layer_decay or the order of the model: {name} is "
                     f"number {there[name][1]} of group {there[name][0]} in it, number {place[1]} of group {place[0]} here")
     for k, (name, p) in enumerate(zip(here, params, strict=True)):
-        for tensor in saved["optimizer"]["state"].get(k, {}).values():
-            if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape != p.shape:
-                return f"{name} has the shape {tuple(tensor.shape)} in it, {tuple(p.shape)} here"
+        for entry, value in saved["optimizer"]["state"].get(k, {}).items():
+            if not isinstance(value, torch.Tensor | float | int | None):
+                return f"{name} has {entry} = {shown(value)} in it, which is neither a tensor nor a number"
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != p.shape:
+                return f"{name} has the shape {tuple(value.shape)} in it, {tuple(p.shape)} here"
     return ""
 
 # %% ../nbs/23_solver.ipynb #5e1f7b8f

@@ -18,7 +18,7 @@ from .config import Config
 from .ema import fingerprint, places
 from .kernels.rows import Target
 from .meters import scalar
-from .runtime import UserError, in_group
+from .runtime import UserError, in_group, require_triton
 from .solver import STATIC_SCALE, Solver
 from .trainer import ClsTrainer, micro_batch
 
@@ -34,6 +34,7 @@ def check_trace(
     "An error if this run cannot be traced as the configuration says."
     if cfg.trace != "off" and (world_size > 1 or in_group()):
         raise UserError(f"trace = {cfg.trace!r} is for a run without torchrun at present; allowed here: off")
+    if cfg.trace == "compile" and device.type == "cuda": require_triton("trace = 'compile' on a GPU")
     if cfg.trace != "graph": return
     if device.type != "cuda":
         raise UserError(f"trace = 'graph' needs a GPU, and the device is {device}; allowed here: off, compile")
@@ -90,6 +91,13 @@ class DeviceSolver(Solver):
         self.optimizer = type(self.optimizer)(groups, lr=zero.to(device, copy=True), **options)
         self.optimizer.register_step_post_hook(self._keep_found_inf)
         self.rates = [0.0] * len(groups)
+        self._fill_momentum()
+
+    def _fill_momentum(self) -> None:
+        "Start momentum at 0; the fused SGD would allocate it in its first step, and leave it unwritten if that overflows."
+        for group in self.optimizer.param_groups:
+            if not group.get("momentum"): continue
+            for p in group["params"]: self.optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
 
     def _keep_found_inf(self, optimizer, *_): self.found_inf = getattr(optimizer, "found_inf", None)
 
@@ -118,7 +126,8 @@ class DeviceSolver(Solver):
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        "As the plain solver; the tensors of the learning rate stay where they are."
+        "As the plain solver; a graph finds what was loaded, because it is written to the tensors that are there already."
+        own = {p: dict(tensors) for p, tensors in self.optimizer.state.items()}
         rates = [group["lr"] for group in self.optimizer.param_groups]
         super().load_state_dict(state)
         for i, (group, rate) in enumerate(zip(self.optimizer.param_groups, rates, strict=True)):
@@ -126,6 +135,11 @@ class DeviceSolver(Solver):
             group["lr"] = rate.fill_(self.rates[i])
         for p, tensors in self.optimizer.state.items():
             if "step" in tensors: tensors["step"] = torch.as_tensor(tensors["step"], dtype=torch.float32).to(p.device)
+        for p, tensors in own.items():
+            for name, old in tensors.items():
+                loaded = self.optimizer.state[p].get(name)  # a state from before the first step has none, which is 0
+                self.optimizer.state[p][name] = old.zero_() if loaded is None else old.copy_(loaded)
+        self._fill_momentum()
 
 # %% ../nbs/45_trace.ipynb #b517db44
 class CudaRecorder:
@@ -168,7 +182,9 @@ class Replay:
         self.trainer, self.recorder, self.inputs, self.names, self.warned = trainer, recorder, None, (), False
         self.forget()
 
-    def forget(self) -> None: self.seen, self.replays, self.where = {}, {}, None
+    def forget(self) -> None:
+        self.seen, self.replays, self.where = {}, {}, None
+        if self.trainer.ema: self.trainer.ema.captured.clear()  # kept for the graphs alone
 
     def __call__(self) -> None:
         t, began = self.trainer, time.perf_counter()

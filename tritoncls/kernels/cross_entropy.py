@@ -8,27 +8,25 @@ __all__ = ['CPU_BLOCK', 'SCHEMA', 'cross_entropy_op', 'ONE_LOAD', 'HALF_TILES', 
            'finish_rows', 'store_counts', 'finish_sums', 'join_parts', 'store_gradient', 'cross_entropy_kernel',
            'cross_entropy_backward_kernel', 'scales', 'accumulated', 'rows_torch', 'valid_rows', 'block_ranks',
            'block_torch', 'empty_results', 'empty_gradient', 'empty_kept', 'gradient_constants', 'torch_results',
-           'launch_forward', 'forward', 'cross_entropy_backward_op', 'no_second_derivative', 'keep_nothing',
-           'scale_gradient_op', 'scaled_gradient', 'EagerCrossEntropy', 'scales_kernel', 'gradient_scales',
-           'both_at_once', 'cross_entropy_and_grad_op', 'cross_entropy_and_grad_inplace_op', 'LossOutput',
-           'loss_output', 'check_options', 'cross_entropy', 'cross_entropy_and_grad']
+           'launch_forward', 'forward', 'cross_entropy_backward_op', 'in_transform', 'NoDerivative',
+           'without_derivative', 'is_plain', 'scaled_gradient', 'along', 'eager_calls', 'choose_call', 'scales_kernel',
+           'gradient_scales', 'both_at_once', 'cross_entropy_and_grad_op', 'cross_entropy_and_grad_inplace_op',
+           'LossOutput', 'loss_output', 'check_options', 'check_inplace', 'cross_entropy', 'cross_entropy_and_grad']
 
 # %% ../../nbs/11_cross_entropy.ipynb #f081750b
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
-from ..runtime import UserError, launching, values_are_checked
+from ..runtime import UserError, launching, tl, triton, values_are_checked
 from .rows import (
     TARGET_SCHEMA, Parts, Target, add_up, all_inside, at_field, check_logits, check_target, check_topk, inside_row,
-    kernel_backend, last_to_arrive, launch_rows, launch_tiles, load_class_ids, load_parts, load_target, load_tile,
+    kernel_backend, last_to_arrive, launch_rows, launch_tiles, load_class_ids, load_parts, load_target, load_tile, one_by_one,
     plan_rows, row_layout, rows_contiguous, split_inputs, store_hits, store_sums, sum_parts,
     take_field, target_parts, tile_at)
 from .rank import clamp_topk, count_ahead, empty_counts, rank_beside, rank_rows, ranks_of, sum_hits
-
-import triton
-import triton.language as tl
 
 # %% ../../nbs/11_cross_entropy.ipynb #8bd60c9b
 class Options(NamedTuple):
@@ -238,7 +236,7 @@ def cross_entropy_kernel(
     REDUCTION: tl.constexpr, TOPK: tl.constexpr, FIELDS: tl.constexpr, C: tl.constexpr,
     STRIDE: tl.constexpr, EDGE: tl.constexpr, PEEL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr, SPLIT_ROWS: tl.constexpr,
-    SPLIT_COLS: tl.constexpr, GRAD: tl.constexpr, DX_STRIDE: tl.constexpr, DX_EDGE: tl.constexpr,
+    SPLIT_COLS: tl.constexpr, AMD: tl.constexpr, GRAD: tl.constexpr, DX_STRIDE: tl.constexpr, DX_EDGE: tl.constexpr,
 ):
     split = tl.program_id(1)
     sums = tl.zeros([ROWS, FIELDS], tl.float32)
@@ -295,7 +293,7 @@ def cross_entropy_kernel(
         tile += tl.num_programs(0)
     if SPLITS == 1: store_sums(sums_ptr, sums, FIELDS)
 
-    if last_to_arrive(arrivals_ptr):
+    if last_to_arrive(arrivals_ptr, AMD):
         if SPLITS == 1:
             total = add_up(sums_ptr, PROGRAMS, FIELDS)
         else:
@@ -422,7 +420,7 @@ def block_torch(x, parts, options, weight, scale, z, with_gradient):
         mass, dot = mass + c, dot + z_y
 
     spread = off if weight is None else off * weight                              # (), (C,) or (R, C)
-    if parts.dense is not None: spread = (parts.dense * on + off) * (1 if weight is None else weight)
+    if parts.dense is not None: spread = (parts.dense.to(scale.dtype) * on + off) * (1 if weight is None else weight)
     if isinstance(spread, torch.Tensor):
         mass = mass + spread.sum(-1, keepdim=True)
         dot = dot + torch.where(spread == 0, 0.0, spread * z).sum(1, keepdim=True)
@@ -556,28 +554,45 @@ def cross_entropy_backward_op(g, logits, stats, scale, y1, y2, lam, dense, weigh
 @cross_entropy_backward_op.register_fake
 def _(g, logits, *_): return empty_gradient(logits)
 
-
-def no_second_derivative(ctx, *_):
-    raise RuntimeError("this loss has no second derivative; the losses of torch.nn.functional have one")
-
-
-def keep_nothing(ctx, inputs, output): pass
+# %% ../../nbs/11_cross_entropy.ipynb #166e5de1
+def in_transform() -> bool:
+    "Whether a transform of `torch.func`, or differentiation in forward mode, is going on."
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-cross_entropy_backward_op.register_autograd(no_second_derivative, setup_context=keep_nothing)
+class NoDerivative(torch.autograd.Function):
+    "A call of a function; the derivative of its result is an error."
+    @staticmethod
+    def forward(function, *inputs): return function(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("this loss has no second derivative; the losses of torch.nn.functional have one")
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError("a gradient, and what the functions *_and_grad return, has no derivative in forward mode; "
+                           "the losses of torch.nn.functional have one")
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs): return one_by_one(NoDerivative.apply, info, in_dims, *inputs)
+
+
+_no_derivative = torch.compiler.disable(NoDerivative.apply)
+
+
+def without_derivative(function, *inputs):
+    "What `function` makes of the inputs; asking for its derivative is an error."
+    return _no_derivative(function, *inputs) if in_transform() or torch.is_grad_enabled() else function(*inputs)
 
 # %% ../../nbs/11_cross_entropy.ipynb #bd72b864
-@torch.library.custom_op(
-    "tritoncls::scale_gradient", mutates_args=(), schema="(Tensor gradient, Tensor g, Tensor logits) -> Tensor")
-def scale_gradient_op(gradient, g, logits):
-    return (gradient * (g[:, None] if g.ndim == 1 else g)).to(logits.dtype)
-
-
-@scale_gradient_op.register_fake
-def _(gradient, g, logits): return torch.empty_like(gradient, dtype=logits.dtype)
-
-
-scale_gradient_op.register_autograd(no_second_derivative, setup_context=keep_nothing)
+def is_plain(tensor: torch.Tensor) -> bool:
+    "Whether nobody records or intercepts what is done with this tensor."
+    known = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return known and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # those of grad(is_grads_batched=True)
 
 
 def scaled_gradient(
@@ -586,45 +601,77 @@ def scaled_gradient(
     logits: torch.Tensor,     # (N, C)
 ) -> torch.Tensor:
     "The kept gradient times what comes from above, in place where nobody looks; a factor of one costs nothing."
-    traced = torch.is_grad_enabled() or type(g) is not torch.Tensor or torch.compiler.is_compiling()
-    if traced or g.device.type != "cpu": return scale_gradient_op(gradient, g, logits)
+    factor = g[:, None] if g.ndim == 1 else g
+    if torch.is_grad_enabled() or in_transform() or not is_plain(g) or g.device.type != "cpu":
+        return without_derivative(lambda kept, factor, logits: (kept * factor).to(logits.dtype), gradient, factor, logits)
     if g.ndim == 0 and g.item() == 1: return gradient.to(logits.dtype)
-    return gradient.mul_(g[:, None] if g.ndim == 1 else g).to(logits.dtype)
+    return gradient.mul_(factor).to(logits.dtype)
 
 # %% ../../nbs/11_cross_entropy.ipynb #524c2b1e
 def _keep(ctx, inputs, output):
-    logits, y1, y2, lam, dense, weight, ctx.label_smoothing, ctx.ignore_index, *_, ctx.keep_gradient = inputs
+    logits, y1, y2, lam, dense, weight, *ctx.options, ctx.backend, ctx.keep_gradient = inputs
     loss, *others, stats, scale, gradient = output
     ctx.mark_non_differentiable(*others, stats, scale, gradient)
     ctx.set_materialize_grads(False)  # or each of these outputs would get a gradient full of zeros
-    ctx.save_for_backward(logits, stats, scale, y1, y2, lam, dense, weight)
-    ctx.gradient, ctx.inputs_after_target = gradient, inputs[6:]
+    for save in (ctx.save_for_backward, ctx.save_for_forward): save(logits, stats, scale, y1, y2, lam, dense, weight)
+    ctx.gradient, ctx.shape = gradient if ctx.keep_gradient else None, loss.shape
 
 
-def _backward(ctx, g, *_):
-    if g is None: return (None,) * 13
-    logits, stats, scale, *parts, weight = ctx.saved_tensors
-    if ctx.keep_gradient:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None: gradient = cross_entropy_op(logits.detach(), *parts, weight, *ctx.inputs_after_target)[-1]
-        dx = scaled_gradient(gradient, g, logits)
-    else:
-        dx = cross_entropy_backward_op(g, logits, stats, scale, *parts, weight, ctx.label_smoothing, ctx.ignore_index)
-    return dx, *(None,) * 12
+def _gradient(ctx, g):
+    logits, stats, scale, *target = ctx.saved_tensors
+    if ctx.backend == "triton":
+        return without_derivative(cross_entropy_backward_op, g, logits, stats, scale, *target, *ctx.options[:2])
+    gradient, ctx.gradient = ctx.gradient, None
+    if gradient is None:
+        gradient = without_derivative(cross_entropy_op, logits, *target, *ctx.options, ctx.backend, True)[-1]
+    return scaled_gradient(gradient, g, logits)
+
+
+def _backward(ctx, g, *_): return (None if g is None else _gradient(ctx, g), *(None,) * 12)
+
+
+def along(tangent: torch.Tensor, gradient: torch.Tensor, loss: torch.Size) -> torch.Tensor:
+    "The derivative of a loss of this shape along a tangent of the logits, from the gradient of its sum."
+    product = tangent * gradient.to(tangent.dtype)
+    return product.sum(dim=tuple(range(len(loss), 2))) if len(loss) < 2 else product
+
+
+def _forward_mode(ctx, tangent, *_):
+    dtype = accumulated(tangent)
+    gradient = _gradient(ctx, tangent.new_ones(ctx.shape, dtype=dtype))
+    return along(tangent.to(dtype), gradient, ctx.shape), *(None,) * 7
 
 
 cross_entropy_op.register_autograd(_backward, setup_context=_keep)
 
 # %% ../../nbs/11_cross_entropy.ipynb #645ac105
-class EagerCrossEntropy(torch.autograd.Function):
-    "The operator for CPU tensors outside of torch.compile: the same functions, without half a millisecond of dispatch."
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = forward(*inputs)
-        _keep(ctx, inputs, output)
-        return output
+def eager_calls(compute, keep, give_back, follow) -> tuple:
+    "Two ways to call a loss outside of torch.compile: quickly, and in a transform of torch.func."
+    class Quick(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = compute(*inputs)
+            keep(ctx, inputs, output)
+            return output
 
-    backward = staticmethod(_backward)
+        backward, jvp = staticmethod(give_back), staticmethod(follow)
+
+    class Followed(Quick):
+        forward, setup_context = staticmethod(compute), staticmethod(keep)
+
+        @staticmethod
+        def vmap(info, in_dims, *inputs): return one_by_one(Followed.apply, info, in_dims, *inputs)
+
+    return tuple(torch.compiler.disable(function.apply) for function in (Quick, Followed))
+
+
+def choose_call(logits: torch.Tensor, calls: tuple, op):
+    "One of the two eager calls, or the operator: for torch.compile, and for subclasses of tensors."
+    if torch._C._are_functorch_transforms_active(): return calls[1]
+    return calls[0] if is_plain(logits) or in_transform() else op
+
+
+_calls = eager_calls(forward, _keep, _backward, _forward_mode)
 
 # %% ../../nbs/11_cross_entropy.ipynb #152c4c37
 @triton.jit
@@ -664,7 +711,7 @@ def gradient_scales(
             y, weight, grad_scale, scale, len(logits), float(len(logits)) if mean else 1.0, options.z_loss,
             options.ignore_index,
             COUNT=mean and parts.kind == "ids", WEIGHTED=weight is not None, SCALED=grad_scale is not None, C=logits.shape[1],
-            BLOCK=8192, num_warps=16)
+            BLOCK=8192, num_warps=16, enable_fp_fusion=True)
     return scale
 
 # %% ../../nbs/11_cross_entropy.ipynb #dd23b010
@@ -756,6 +803,11 @@ def check_options(logits: torch.Tensor, options: Options, reductions: Sequence[s
         raise UserError(f"weight needs to be floating ({C},) without gradient, not {weight.dtype} {tuple(weight.shape)}")
     if weight.device != logits.device: raise UserError(f"weight is on {weight.device}, logits are on {logits.device}")
 
+# %% ../../nbs/11_cross_entropy.ipynb #ea303606
+def check_inplace() -> None:
+    "Nobody follows what is written over its input."
+    if in_transform(): raise UserError("inplace=True: not inside of a transform of torch.func, nor in forward mode")
+
 # %% ../../nbs/11_cross_entropy.ipynb #bc7c4c59
 def cross_entropy(
     logits: torch.Tensor,                # (N, C) fp32, bf16 or fp16; fp64 in PyTorch only
@@ -778,8 +830,8 @@ def cross_entropy(
     backend = kernel_backend(backend, logits)
     keep_gradient = backend == "torch" and logits.requires_grad and torch.is_grad_enabled()
     inputs = *target_parts(target), *options, backend, keep_gradient
-    op = EagerCrossEntropy.apply if keep_gradient and not torch.compiler.is_compiling() else cross_entropy_op
-    return loss_output(*op(logits, *inputs)[:5], return_rank)
+    call = choose_call(logits, _calls, cross_entropy_op)
+    return loss_output(*call(logits, *inputs)[:5], return_rank)
 
 # %% ../../nbs/11_cross_entropy.ipynb #0763d69c
 def cross_entropy_and_grad(
@@ -802,9 +854,9 @@ def cross_entropy_and_grad(
     check_logits(logits)
     check_target(logits, target, ignore_index)
     check_options(logits, options, ("mean", "sum"))
+    if inplace: check_inplace()
     if isinstance(grad_scale, float | int): grad_scale = torch.full((), grad_scale, device=logits.device)
     inputs = *target_parts(target), *options, grad_scale, kernel_backend(backend, logits)
-    x = logits.detach()
-    if inplace: return loss_output(*cross_entropy_and_grad_inplace_op(x, *inputs), return_rank), x
-    *results, dx = cross_entropy_and_grad_op(x, *inputs)
-    return loss_output(*results, return_rank), dx
+    op = cross_entropy_and_grad_inplace_op if inplace else cross_entropy_and_grad_op
+    with torch.no_grad(): results = without_derivative(op, logits, *inputs)
+    return loss_output(*results[:5], return_rank), logits.detach() if inplace else results[5]

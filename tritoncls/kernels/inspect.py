@@ -27,9 +27,7 @@ from . import cross_entropy as ce
 from . import ema_blend, rank
 from .machine_code import (
     LOADED, TARGETS, Access, Launch, accesses, compile_launch, record_launches, resources)
-from ..runtime import UserError
-
-import triton
+from ..runtime import UserError, require_triton, triton
 
 # %% ../../nbs/19_inspect.ipynb #e97ac357
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -100,11 +98,11 @@ def ema_cases() -> Iterator[Case]:
         ("two averages", [draw(), draw()], draw(), torch.ones(2), {}),
         ("four, a schedule", [draw() for _ in range(4)], draw(), schedule(4), {}),
         ("rounded at random", draw(BF16), draw(BF16), 0.1, dict(seed=3)),
-        ("compensated", draw(BF16), draw(BF16), 0.1, dict(compensation=draw(BF16))))
+        ("two halves", draw(BF16), draw(BF16), 0.1, dict(low=draw(torch.int16))))
     for kind, shadows, params, alpha, options in kinds:
         call = lambda s=shadows, p=params, a=alpha, o=options: ema_blend.ema_blend_(s, p, a, backend="triton", **o)
         lists = [shadows] if isinstance(shadows[0], torch.Tensor) else shadows
-        moved = params[0].itemsize + 2 * (len(lists) + ("compensation" in options)) * lists[0][0].itemsize
+        moved = params[0].itemsize + 2 * (len(lists) + ("low" in options)) * lists[0][0].itemsize
         yield Case("ema_blend", f"{RESNET50} {kind}", str(lists[0][0].dtype).removeprefix("torch."), call, RESNET50, moved,
                    frozenset([LOADED]))
 
@@ -126,7 +124,7 @@ def aligned_accesses(
     "How many a thread needs, all branches for aligned chunks together."
     size = launch.arguments
     elements = size["CHUNK"] // (launch.options["num_warps"] * threads)
-    shadows = size["K"] * (1 + (size["ROUND"] == "compensated")) * size["E_TYPE"].primitive_bitwidth // 8
+    shadows = size["K"] * (1 + (size["ROUND"] == "split")) * size["E_TYPE"].primitive_bitwidth // 8
     stores = 3 * shadows * elements // 16
     return {"ld": stores + (4 + 2 + 2) * elements // 16, "st": stores}
 
@@ -203,8 +201,7 @@ def report(
     "What every kernel compiles to; without a GPU, and from the cache where that is possible."
     if unknown := [target for target in targets if target not in TARGETS]:
         raise UserError(f"target {unknown[0]!r} is not known; allowed: {', '.join(TARGETS)}")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        raise UserError(f"the report speaks to the compiler of Triton 3.3 and later, not {triton.__version__}")
+    require_triton("the report")
     rows = {target: json.loads(cache_file(target).read_text()) for target in targets if cache_file(target).is_file()}
     if missing := [target for target in targets if target not in rows]:
         rows |= compile_all(missing)

@@ -17,9 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import runtime
-from ..runtime import UserError
-
-import triton
+from ..runtime import UserError, require_triton, triton
 
 # %% ../../nbs/18_machine_code.ipynb #548d4f32
 class Launch(NamedTuple):
@@ -29,7 +27,7 @@ class Launch(NamedTuple):
     options: dict[str, Any]      # num_warps and the like
 
 
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 
 def record_launches(
@@ -37,6 +35,7 @@ def record_launches(
     backend: str = "cuda",        # whose GPUs: "cuda" or "hip"
 ) -> list[Launch]:
     "What `function` would launch; nothing runs, so its results are whatever was in memory."
+    require_triton("a look at machine code")
     from triton.runtime.jit import JITFunction
 
     if runtime.INTERPRETER:

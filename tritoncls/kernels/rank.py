@@ -8,16 +8,15 @@ __all__ = ['rank_reference', 'count_ahead', 'rank_rows', 'rank_kernel', 'clamp_t
 
 # %% ../../nbs/10_rank.ipynb #1d966863
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from .rows import (
     TARGET_SCHEMA, Parts, Target, add_up, check_logits, check_target, check_topk, hits, kernel_backend, last_to_arrive,
-    launch_rows, load_target, load_tile, plan_rows, row_layout, rows_contiguous, store_hits, store_part, store_sums,
+    launch_rows, load_target, load_tile, one_by_one, plan_rows, row_layout, rows_contiguous, store_hits, store_part, store_sums,
     sum_parts, target_parts, tile_at)
-
-import triton
-import triton.language as tl
+from ..runtime import tl, triton
 
 # %% ../../nbs/10_rank.ipynb #518d192c
 def rank_reference(
@@ -68,7 +67,7 @@ def rank_kernel(
     KIND: tl.constexpr, LAM_STRIDE: tl.constexpr, D_STRIDE: tl.constexpr, TOPK: tl.constexpr, FIELDS: tl.constexpr,
     C: tl.constexpr, STRIDE: tl.constexpr, EDGE: tl.constexpr, PEEL: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr,
-    SPLIT_ROWS: tl.constexpr, SPLIT_COLS: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr, SPLIT_COLS: tl.constexpr, AMD: tl.constexpr,
 ):
     split = tl.program_id(1)
     sums = tl.zeros([ROWS, FIELDS], tl.float32)
@@ -91,7 +90,7 @@ def rank_kernel(
         tile += tl.num_programs(0)
     if SPLITS == 1: store_sums(sums_ptr, sums, FIELDS)
 
-    if last_to_arrive(arrivals_ptr):
+    if last_to_arrive(arrivals_ptr, AMD):
         if SPLITS == 1:
             total = add_up(sums_ptr, PROGRAMS, FIELDS)
         else:
@@ -138,6 +137,9 @@ def rank_op(logits, y1, y2, lam, dense, ignore_index, topk, backend):
 @rank_op.register_fake
 def _(logits, y1, y2, lam, dense, ignore_index, topk, backend):
     return empty_counts(logits, y2 is not None, len(topk))
+
+
+rank_op.register_vmap(partial(one_by_one, rank_op))
 
 # %% ../../nbs/10_rank.ipynb #7f853116
 def rank_on_cpu(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -5,22 +5,20 @@
 # %% auto #0
 __all__ = ['Target', 'TARGET_SCHEMA', 'TILES', 'MAX_PROGRAMS', 'FEW_PROGRAMS', 'LEAST_TILE', 'LEAST_SPLIT', 'PEEL_FROM',
            'REGISTERS', 'MixedTarget', 'Parts', 'split_inputs', 'target_parts', 'tile_at', 'inside_row', 'load_tile',
-           'load_class_ids', 'dense_argmax', 'at_class', 'load_target', 'hits', 'at_field', 'take_field', 'store_hits',
-           'store_sums', 'last_to_arrive', 'add_up', 'store_part', 'load_parts', 'sum_parts', 'Plan', 'plan_rows',
-           'arrivals', 'row_layout', 'rows_contiguous', 'target_arguments', 'tile_arguments', 'plan_arguments',
-           'launch_rows', 'launch_tiles', 'check_logits', 'check_target', 'check_class_ids', 'all_inside', 'check_lam',
-           'check_topk', 'kernel_backend']
+           'narrowed', 'load_class_ids', 'dense_argmax', 'at_class', 'load_target', 'hits', 'at_field', 'take_field',
+           'store_hits', 'store_sums', 'last_to_arrive', 'add_up', 'store_part', 'load_parts', 'sum_parts', 'Plan',
+           'plan_rows', 'arrivals', 'zero_on', 'row_layout', 'rows_contiguous', 'target_arguments', 'tile_arguments',
+           'plan_arguments', 'launch_rows', 'launch_tiles', 'check_logits', 'check_target', 'check_class_ids',
+           'values_are_seen', 'all_inside', 'check_lam', 'check_topk', 'kernel_backend', 'one_by_one']
 
 # %% ../../nbs/09_rows.ipynb #f835265b
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 
-from ..runtime import UserError, launching, resolve_backend, values_are_checked
-
-import triton
-import triton.language as tl
+from ..runtime import UserError, launching, resolve_backend, tl, triton, values_are_checked
 
 # %% ../../nbs/09_rows.ipynb #6d46ddb7
 class MixedTarget(NamedTuple):
@@ -35,7 +33,7 @@ Target = torch.Tensor | MixedTarget
 # %% ../../nbs/09_rows.ipynb #797cef58
 class Parts(NamedTuple):
     "A target as operators take it: what its kind does not have is None."
-    y1: torch.Tensor | None = None     # (N,) class ids
+    y1: torch.Tensor | None = None     # (N,) class ids, int64: PyTorch compares a uint8 with -100 as if that were 156
     y2: torch.Tensor | None = None     # (N,) class ids
     lam: torch.Tensor | None = None    # (1,) or (N,) fp32
     dense: torch.Tensor | None = None  # (N, C) floating
@@ -62,8 +60,8 @@ def target_parts(
     if isinstance(target, MixedTarget):
         y1, y2, lam = target
         lam = lam.float().reshape(-1) if isinstance(lam, torch.Tensor) else torch.full((1,), lam, device=y1.device)
-        return Parts(y1, y2, lam)
-    return Parts(dense=target) if target.ndim == 2 else Parts(target)
+        return Parts(y1.long(), y2.long(), lam)
+    return Parts(dense=target) if target.ndim == 2 else Parts(target.long())
 
 # %% ../../nbs/09_rows.ipynb #bc83c990
 @triton.jit
@@ -102,6 +100,12 @@ def load_tile(
 
 # %% ../../nbs/09_rows.ipynb #8009849f
 @triton.jit
+def narrowed(y):
+    "Class ids as int32; -1, which is none, where they do not fit."
+    return tl.where(y.to(tl.int32) == y, y, -1).to(tl.int32)
+
+
+@triton.jit
 def load_class_ids(
     y_ptr, y2_ptr, lam_ptr, row, N, ignore_index, KIND: tl.constexpr, LAM_STRIDE: tl.constexpr, ROWS: tl.constexpr,
 ):
@@ -111,12 +115,13 @@ def load_class_ids(
         y = tl.zeros([ROWS], tl.int32)
         return y, y, share, there
     else:
-        y = tl.load(y_ptr + row, mask=there, other=0).to(tl.int32)
+        given = tl.load(y_ptr + row, mask=there, other=0)
+        y = narrowed(given)
         if KIND == "mixed":
             share = tl.load(lam_ptr + row * LAM_STRIDE, mask=there, other=0.0)
-            return y, tl.load(y2_ptr + row, mask=there, other=0).to(tl.int32), share, there
+            return y, narrowed(tl.load(y2_ptr + row, mask=there, other=0)), share, there
         else:
-            return y, y, share, there & (y != ignore_index)             # y1, y2, weight of y1, whether the row counts
+            return y, y, share, there & (given != ignore_index)         # y1, y2, weight of y1, whether the row counts
 
 # %% ../../nbs/09_rows.ipynb #5520e974
 @triton.jit
@@ -184,7 +189,10 @@ def store_sums(sums_ptr, sums, FIELDS: tl.constexpr):
 
 
 @triton.jit
-def last_to_arrive(arrivals_ptr):
+def last_to_arrive(arrivals_ptr, AMD: tl.constexpr):
+    "Whether this is the last program; the others' stores are then visible. AMD's barrier does not wait for stores, so we do."
+    if AMD: tl.inline_asm_elementwise(
+        "s_waitcnt vmcnt(0)\n v_mov_b32 $0, 0", "=v,~{memory}", [], tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()  # every thread of this program has written
     last = tl.atomic_add(arrivals_ptr, 1) == tl.num_programs(0) * tl.num_programs(1) - 1
     if last: tl.store(arrivals_ptr, 0)
@@ -263,9 +271,19 @@ def arrivals(device: torch.device) -> torch.Tensor:  # (1,) int32
     "A zero for the programs of the next launch to count themselves with."
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _arrivals: _arrivals[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device)
+    key = device, stream.cuda_stream
+    if key not in _arrivals:
+        with ThreadPoolExecutor(1) as pool: _arrivals[key] = pool.submit(zero_on, stream).result()
     return _arrivals[key]
+
+
+def zero_on(stream: torch.cuda.Stream) -> torch.Tensor:  # (1,) int32
+    "A zero that this stream will find there; called in a thread of its own."
+    with torch.cuda.stream(torch.cuda.default_stream(stream.device)):
+        zero = torch.zeros(1, dtype=torch.int32, device=stream.device)
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+    return zero
 
 # %% ../../nbs/09_rows.ipynb #d0a0855a
 def row_layout(
@@ -307,7 +325,7 @@ def tile_arguments(
     edge, peel = row_layout(x)
     return dict(
         C=x.shape[1], STRIDE=x.stride(0), EDGE=edge, PEEL=peel, ROWS=plan.rows, BLOCK=plan.block,
-        **(dict(num_warps=plan.warps // 2) if torch.version.hip else  # AMD's have 64 threads
+        enable_fp_fusion=True, **(dict(num_warps=plan.warps // 2) if torch.version.hip else  # AMD's have 64 threads
            dict(num_warps=plan.warps, maxnreg=min(REGISTERS, 2048 // plan.warps))))
 
 
@@ -319,7 +337,7 @@ def plan_arguments(
     return tile_arguments(x, plan) | dict(
         CHUNK=plan.chunk, SPLITS=plan.splits, PROGRAMS=MAX_PROGRAMS,
         SPLIT_ROWS=triton.next_power_of_2(len(x)) if plan.splits > 1 else 1,
-        SPLIT_COLS=triton.next_power_of_2(plan.splits))
+        SPLIT_COLS=triton.next_power_of_2(plan.splits), AMD=bool(torch.version.hip))
 
 # %% ../../nbs/09_rows.ipynb #58ad04e8
 def launch_rows(
@@ -394,13 +412,19 @@ def check_class_ids(logits: torch.Tensor, y: torch.Tensor, name: str, ignore_ind
     if y.shape != (N,) or not integral:
         raise UserError(f"{name} needs to be integer class ids ({N},) for logits {(N, C)}, not {y.dtype} {tuple(y.shape)}")
     if y.device != logits.device: raise UserError(f"{name} is on {y.device}, logits are on {logits.device}")
-    if not values_are_checked(y) or all_inside(y, C): return
+    if not values_are_seen(y) or all_inside(y, C): return
+    y = y.long()
     bad = (y < 0) | (y >= C)
     if ignore_index is not None: bad &= y != ignore_index
     if bad.any():
         row = bad.nonzero()[0, 0].item()
         allowed = f"0..{C - 1}" + ("" if ignore_index is None else f" and ignore_index = {ignore_index}")
         raise UserError(f"{name}[{row}] = {y[row].item()} is not a class id: allowed are {allowed}")
+
+
+def values_are_seen(tensor: torch.Tensor) -> bool:
+    "Whether the values of `tensor` may be looked at here; those of a batch inside of `torch.vmap` have no value of their own."
+    return values_are_checked(tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def all_inside(y: torch.Tensor, n_classes: int) -> bool:
@@ -418,7 +442,7 @@ def check_lam(logits: torch.Tensor, lam: torch.Tensor | float) -> None:
     if lam.shape not in ((), (1,), logits.shape[:1]) or not lam.is_floating_point():
         raise UserError(f"target.lam needs to be floating (), (1,) or ({len(logits)},), not {lam.dtype} {tuple(lam.shape)}")
     if lam.device != logits.device: raise UserError(f"target.lam is on {lam.device}, logits are on {logits.device}")
-    if values_are_checked(lam) and not ((lam >= 0) & (lam <= 1)).all():
+    if values_are_seen(lam) and not ((lam >= 0) & (lam <= 1)).all():
         raise UserError("target.lam: allowed is 0 to 1")
 
 
@@ -436,3 +460,12 @@ def kernel_backend(
     if logits.dtype != torch.float64: return resolve_backend(backend, logits)
     if backend == "triton": raise UserError("backend 'triton' takes fp32, bf16 and fp16 logits, not fp64")
     return "torch"
+
+# %% ../../nbs/09_rows.ipynb #3c38f5b9
+def one_by_one(call, info, in_dims, *inputs) -> tuple:  # results, dimension of the batch in each
+    "What `torch.vmap` does with an operator: a call for each entry of the batch."
+    entry = lambda i: [x.select(dim, i) if isinstance(x, torch.Tensor) and dim is not None else x
+                       for x, dim in zip(inputs, in_dims, strict=True)]
+    results = [call(*entry(i)) for i in range(info.batch_size)]
+    if isinstance(results[0], torch.Tensor): return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])

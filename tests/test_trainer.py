@@ -1,4 +1,4 @@
-"""The defects of the trainer that this one re-creates, a test for each: none of them is here."""
+"Training on real batches: losses, accumulation, mixed precision, the average, evaluation, resuming, seeds, failures."
 import copy
 import subprocess
 import sys
@@ -64,7 +64,7 @@ def weights(trainer): return torch.cat([p.detach().flatten() for p in trainer.mo
 def assert_close(a, b): assert (a - b).norm() <= 1e-6 * b.norm()
 
 
-def test_row_01_dict_and_list_losses_are_logged_item_by_item():
+def test_every_item_of_a_loss_is_logged():
     parts = {"ce_loss": torch.tensor(1.0, requires_grad=True), "z_loss": torch.tensor(0.5)}
     trainer = trainer_of(batches(32, 32), model=linear())
     trainer.loss = lambda logits, target: {name: part + 0 * logits.sum() for name, part in parts.items()}
@@ -74,14 +74,14 @@ def test_row_01_dict_and_list_losses_are_logged_item_by_item():
     with pytest.raises(UserError, match="entropy"): total_loss({"entropy": torch.tensor(1.0)})
 
 
-def test_row_02_the_callers_dict_stays_as_it_is():
+def test_a_dict_of_losses_is_not_changed():
     given = {"a_loss": torch.tensor(1.0), "b_loss": torch.tensor(2.0)}
     before = dict(given)
     assert total_loss(given)[0] == 3 and given == before
 
 
 @pytest.mark.parametrize("amp", ((), FP16, (*FP16, "amp.dynamic_scale=true")))
-def test_row_03_accumulation_equals_one_larger_batch_under_amp_too(amp):
+def test_accumulated_micro_batches_step_like_one_larger_batch(amp):
     clip = ("solver.grad_clip.name=norm", "solver.grad_clip.max_norm=0.5")
     halves = trained(batches(128, 32), "solver.accumulation_steps=2", *amp, *clip, model=linear())
     whole = trained(batches(128, 64), *amp, *clip, model=linear())
@@ -99,7 +99,7 @@ class Explodes(nn.Module):
 
 
 @pytest.mark.parametrize("dynamic", ("false", "true"))
-def test_rows_04_and_05_an_overflow_skips_the_step_and_the_average(dynamic):
+def test_an_overflow_skips_the_step_and_the_average(dynamic):
     trainer = trainer_of(batches(128, 32), *FP16, f"amp.dynamic_scale={dynamic}", "model_ema.enabled=true",
                          "model_ema.start_epoch=0", model=linear())
     trainer.loss = Explodes(trainer, 3)
@@ -108,7 +108,7 @@ def test_rows_04_and_05_an_overflow_skips_the_step_and_the_average(dynamic):
     assert all(t.isfinite().all() for t in trainer.ema.module.state_dict().values())
 
 
-def test_row_06_left_over_micro_batches_make_a_step_of_their_own():
+def test_left_over_micro_batches_make_a_step_of_their_own():
     odd = trained(batches(160, 32), "solver.accumulation_steps=2", model=linear())
     data = batches(160, 32)
     joined = [tuple(map(torch.cat, zip(*data[i:i + 2], strict=True))) for i in (0, 2, 4)]
@@ -117,7 +117,7 @@ def test_row_06_left_over_micro_batches_make_a_step_of_their_own():
     assert_close(weights(few), weights(trained(batches(64, 64), model=linear())))
 
 
-def test_row_07_the_average_counts_steps_over_the_whole_run():
+def test_the_average_counts_steps_over_the_whole_run():
     trainer = trained(batches(96, 32), "solver.max_epoch=4", "solver.accumulation_steps=2", "model_ema.enabled=true",
                       "model_ema.update_period=5", "model_ema.start_epoch=0", "model_ema.momentum=0.5", model=linear())
     assert trainer.ema.steps == 8  # two an epoch; fires in step 5
@@ -125,14 +125,14 @@ def test_row_07_the_average_counts_steps_over_the_whole_run():
     assert not torch.equal(trainer.ema.module.state_dict()["1.weight"], first["1.weight"])
 
 
-def test_row_08_start_epoch_0_is_0_and_period_0_is_refused():
+def test_start_epoch_0_is_epoch_0_and_update_period_0_is_refused():
     enabled = ("model_ema.enabled=true", "solver.warmup_epochs=3")
     start = lambda *more: trainer_of(batches(64, 32), *enabled, *more, model=linear()).ema.settings["start"]
     assert start("model_ema.start_epoch=0") == 0 and start("model_ema.start_epoch=null") == 6
     with pytest.raises(UserError, match="model_ema.update_period = 0"): override(CFG, "model_ema.update_period=0")
 
 
-def test_row_09_integer_buffers_are_copied():
+def test_the_average_copies_integer_buffers():
     model = build_model(CFG)
     model.register_buffer("relative_position_index", torch.arange(9))  # as in a Swin transformer
     trainer = trained(batches(96, 32), "model_ema.enabled=true", model=model)
@@ -142,7 +142,7 @@ def test_row_09_integer_buffers_are_copied():
     assert torch.equal(state["relative_position_index"], torch.arange(9))
 
 
-def test_row_10_statistics_that_were_replaced_are_found():
+def test_the_average_finds_statistics_that_were_replaced():
     model = build_model(CFG)
     ema, bn = ModelEma(model, momentum=0.5), next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     ema.update()
@@ -151,7 +151,7 @@ def test_row_10_statistics_that_were_replaced_are_found():
     assert (next(m for m in ema.module.modules() if isinstance(m, nn.BatchNorm2d)).running_mean == 2).all()
 
 
-def test_row_11_precise_statistics_over_nothing_change_nothing():
+def test_precise_statistics_over_nothing_change_nothing():
     model = build_model(CFG)
     before = copy.deepcopy(model.state_dict())
     with warnings.catch_warnings(record=True) as caught:
@@ -160,18 +160,18 @@ def test_row_11_precise_statistics_over_nothing_change_nothing():
     assert caught and all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
-def test_row_13_evaluating_few_batches():
+def test_evaluation_counts_every_image_of_few_batches_and_refuses_none():
     model, preprocess = build_model(CFG), Preprocess(CFG)
     for n in (1, 3, 5): assert evaluate(model, batches(32 * n, 32), preprocess).count == 32 * n
     with pytest.raises(UserError, match="empty"): evaluate(model, [], preprocess)
 
 
-def test_row_14_one_process_needs_no_process_group():
+def test_one_process_needs_no_process_group():
     assert not torch.distributed.is_initialized()
     assert evaluate(build_model(CFG), batches(32, 32), Preprocess(CFG)).count == 32
 
 
-def test_row_15_fewer_classes_than_5():
+def test_top_5_of_fewer_than_5_classes_is_100_percent():
     logits, target = torch.randn(8, 3), torch.randint(0, 3, (8,))
     assert topk_correct(logits, target).tolist() == [(logits.argmax(1) == target).sum(), 8]
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
@@ -180,7 +180,7 @@ def test_row_15_fewer_classes_than_5():
     assert evaluate(model, data, Preprocess(CFG)).acc5 == 100
 
 
-def test_row_16_bce_takes_class_ids():
+def test_binary_cross_entropy_takes_class_ids():
     for N, C in ((6, 4), (4, 4)):
         logits, target = torch.randn(N, C, dtype=torch.float64).float(), torch.randint(0, C, (N,))
         want = nn.functional.binary_cross_entropy_with_logits(logits.double(), nn.functional.one_hot(target, C).double())
@@ -189,7 +189,7 @@ def test_row_16_bce_takes_class_ids():
 
 @pytest.mark.parametrize("mode", ("batch", "pair", "elem"))
 @pytest.mark.parametrize("B", (2, 4, 7, 8))
-def test_row_17_every_mode_of_mixing_at_every_batch_size(mode, B):
+def test_every_mode_mixes_batches_of_every_size(mode, B):
     assert callable(mix)
     images, target = digits(B)
     for kind in ("mixup_alpha=0.8", "cutmix_alpha=1.0"):
@@ -202,7 +202,7 @@ def test_row_17_every_mode_of_mixing_at_every_batch_size(mode, B):
             torch.testing.assert_close(samples, lam * plain + (1 - lam) * plain.flip(0))
 
 
-def test_row_18_a_run_in_two_halves_is_the_run(tmp_path):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
     overrides = ["model_ema.enabled=true", "model_ema.start_epoch=1", "data.num_workers=0", "augments.name=RandomAffine"]
 
     def begin(epochs):
@@ -218,24 +218,24 @@ def test_row_18_a_run_in_two_halves_is_the_run(tmp_path):
     first.best = {"model": 97.5}
     save_checkpoint(tmp_path / "latest.pt", trainer_state(first, 2))
     seed_everything(99)
-    resume = lambda: restore(second, load_checkpoint(tmp_path / "latest.pt"))
-    second.before_train = resume
-    second.train()
+    second.before_train = lambda: restore(second, load_checkpoint(tmp_path / "latest.pt"))
+    with pytest.warns(UserWarning, match="solver.max_epoch = 2, now 4"): second.train()
     for a, b in ((straight.model, second.model), (straight.ema.module, second.ema.module)):
         assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
     assert second.best == {"model": 97.5} and second.ema.steps == straight.ema.steps
     assert second.solver.lr == straight.solver.lr
 
 
-def test_row_18_an_average_can_be_added_on_resume(tmp_path):
+def test_an_average_can_be_added_on_resume(tmp_path):
     without, with_ema = trained(batches(64, 32)), trainer_of(batches(64, 32), "model_ema.enabled=true")
     save_checkpoint(tmp_path / "latest.pt", trainer_state(without, 1))
-    restore(with_ema, load_checkpoint(tmp_path / "latest.pt"))
+    with pytest.warns(UserWarning, match="model_ema.enabled = False, now True"):
+        restore(with_ema, load_checkpoint(tmp_path / "latest.pt"))
     states = with_ema.ema.module.state_dict().values(), without.model.state_dict().values()
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True)) and with_ema.ema.steps == 2
 
 
-def test_row_21_the_seed_reaches_everything():
+def test_the_seed_reaches_everything():
     def first_batch(seed):
         cfg = override(CFG, f"seed={seed}", "augments.name=RandomAffine")
         seed_everything(cfg.seed)
@@ -244,7 +244,7 @@ def test_row_21_the_seed_reaches_everything():
     assert torch.equal(w1, w2) and torch.equal(x1, x2) and not torch.equal(w1, w3) and not torch.equal(x1, x3)
 
 
-def test_row_22_failure_has_an_exit_code_and_a_message(tmp_path):
+def test_failure_has_an_exit_code_and_a_message(tmp_path):
     (tmp_path / "failing.py").write_text(
         "from tritoncls.registry import registers\n"
         "@registers.losses.register('Failing')\ndef failing(**options):\n"
@@ -257,7 +257,7 @@ def test_row_22_failure_has_an_exit_code_and_a_message(tmp_path):
     assert done.returncode == 2 and "solver.basic_lr" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_row_23_frozen_means_frozen_and_typos_are_named():
+def test_frozen_layers_stay_as_they_are_and_typos_are_named():
     model = build_model(CFG)
     freeze(model, ["^features"])
     frozen = {n: t.clone() for n, t in model.state_dict().items() if n.startswith("features")}
@@ -267,7 +267,7 @@ def test_row_23_frozen_means_frozen_and_typos_are_named():
     with pytest.raises(UserError, match="did you mean 'solver.momentum'"): override(CFG, "solver.momentun=0.9")
 
 
-def test_row_24_an_exception_leaves_the_modes_as_they_were():
+def test_an_exception_leaves_training_and_evaluation_modes_as_they_were():
     class Fails(nn.Module):
         def forward(self, x): raise RuntimeError("in the middle")
     model = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(), Fails())
@@ -278,7 +278,7 @@ def test_row_24_an_exception_leaves_the_modes_as_they_were():
         assert [m.training for m in model] == [True, False, True]
 
 
-def test_row_25_pycls_momentum_counts_accumulation_and_gradients_are_exchanged_once_a_step():
+def test_pycls_momentum_counts_accumulation_and_gradients_are_exchanged_once_a_step():
     alpha = ("model_ema.enabled=true", "model_ema.alpha=1e-2", "solver.max_epoch=10", "batch_size=32")
     trainer = trainer_of(batches(128, 32), *alpha, "solver.accumulation_steps=2", model=linear())
     assert abs(trainer.ema.settings["momentum"] - (1 - 1e-2 * 64 / 10)) < 1e-12
@@ -320,7 +320,7 @@ class PlainLoss:
         return LossOutput(nn.functional.cross_entropy(logits, target), counts, None, None, None, None)
 
 
-def test_row_26_no_iteration_waits_for_the_device():
+def test_no_iteration_waits_for_the_device():
     clip = ("solver.grad_clip.name=norm", "solver.grad_clip.max_norm=1.0", "solver.accumulation_steps=2")
     trainer = trainer_of(batches(128, 32), *clip, "model_ema.enabled=true", "log_every_n_iter=99", model=linear())
     trainer.loss, step, seen = PlainLoss(), trainer.model_step, []
