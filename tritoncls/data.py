@@ -9,6 +9,7 @@ __all__ = ['Keys', 'UnreadableImage', 'read_image', 'no_file', 'Batch', 'checked
            'Found', 'listed', 'reasons', 'ImageFiles', 'folder_data', 'few', 'image_folder', 'build_dataloaders']
 
 # %% ../nbs/31_data.ipynb #80cc2aa5
+import gc
 import multiprocessing
 import os
 import signal
@@ -196,6 +197,7 @@ class Workers:
     def iterate(self) -> Iterator:
         "Begin an iteration; the first one starts the processes."
         if self.processes or not self.loader.num_workers: return iter(self.loader)
+        gc.collect()  # or a worker might find a loader that nobody needs, and close it
         before = set(multiprocessing.active_children())
         with deaf(), child_handler_kept(): batches = iter(self.loader)
         self.processes = set(multiprocessing.active_children()) - before
