@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Count', 'Finite', 'PathText', 'ListAsTuple', 'Floats', 'Ints', 'Strings', 'Betas', 'BUILT_IN', 'Range', 'WeightDecay',
-           'Epochs', 'FORMS', 'SCALARS', 'MOST_CHARACTERS', 'MOST_VALUES', 'DEEPEST', 'LONGEST_TEXT', 'LONGEST_NUMBER',
+           'Epochs', 'FORMS', 'DEEPEST', 'SCALARS', 'MOST_CHARACTERS', 'MOST_VALUES', 'LONGEST_TEXT', 'LONGEST_NUMBER',
            'KeyPath', 'Section', 'key', 'known', 'listed', 'DataConfig', 'PreprocessConfig', 'TestConfig',
            'ResizeConfig', 'ColorAugConfig', 'AffineConfig', 'RandAugConfig', 'RandEraseConfig', 'MixupConfig',
            'AugmentsConfig', 'ModelConfig', 'LossConfig', 'BnConfig', 'GradClipConfig', 'SolverConfig',
@@ -357,9 +357,19 @@ class Config(Section):
     distributed: DistributedConfig = DistributedConfig()
 
 # %% ../nbs/01_config.ipynb #51dac82c
+DEEPEST = 20  # levels of lists and groups
+
+
 class PlainLoader(yaml.SafeLoader):
-    "YAML with the scalars people expect."
-    yaml_implicit_resolvers = {}
+    "YAML with the scalars people expect, and not too deep."
+    yaml_implicit_resolvers, depth = {}, 0
+
+    def compose_node(self, parent, index):
+        if self.depth > DEEPEST: raise RecursionError  # long before Python would
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class PlainDumper(yaml.SafeDumper):
@@ -379,7 +389,7 @@ for _name, (_pattern, _first, _) in SCALARS.items():
             f"tag:yaml.org,2002:{_name}", re.compile(f"(?i:{_pattern})$"), [*_first, *([""] if _name == "null" else [])])
 
 # %% ../nbs/01_config.ipynb #0fdcec2c
-MOST_CHARACTERS, MOST_VALUES, DEEPEST, LONGEST_TEXT, LONGEST_NUMBER = 10**6, 10**4, 20, 4096, 100
+MOST_CHARACTERS, MOST_VALUES, LONGEST_TEXT, LONGEST_NUMBER = 10**6, 10**4, 4096, 100
 KeyPath = tuple[str, ...]  # keys and indices, from the outside to the inside
 
 
