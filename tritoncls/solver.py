@@ -6,6 +6,7 @@
 __all__ = ['CLIPS', 'STATIC_SCALE', 'DYNAMIC_SCALE', 'clip_gradients', 'difference', 'Solver', 'build_solver']
 
 # %% ../nbs/23_solver.ipynb #ae950a79
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -58,6 +59,14 @@ def _places(groups: list[dict]) -> dict[str, tuple[int, int]]:
     return {name: (i, k) for i, group in enumerate(groups) for k, name in enumerate(group.get("param_names", ()))}
 
 
+def _kind(value) -> str:
+    if value is None: return "nothing"
+    return "a tensor" if isinstance(value, torch.Tensor) and value.ndim else "a number"
+
+
+def _listed(kind: dict[str, str]) -> str: return ", ".join(f"{entry}: {what}" for entry, what in kind.items())
+
+
 def difference(
     saved: dict,                     # a solver's `state_dict()`
     own: dict,                       # that of the solver that it should go into
@@ -73,12 +82,18 @@ def difference(
         if place != there[name]:
             return (f"its groups are others, by solver.weight_decay, solver.layer_decay or the order of the model: {name} is "
                     f"number {there[name][1]} of group {there[name][0]} in it, number {place[1]} of group {place[0]} here")
+    kinds = {}
     for k, (name, p) in enumerate(zip(here, params, strict=True)):
         for entry, value in saved["optimizer"]["state"].get(k, {}).items():
             if not isinstance(value, torch.Tensor | float | int | None):
                 return f"{name} has {entry} = {shown(value)} in it, which is neither a tensor nor a number"
             if isinstance(value, torch.Tensor) and value.ndim and value.shape != p.shape:
                 return f"{name} has the shape {tuple(value.shape)} in it, {tuple(p.shape)} here"
+            if p.ndim: kinds.setdefault(name, {})[entry] = _kind(value)
+    usual = Counter(tuple(kind.items()) for kind in kinds.values()).most_common(1)
+    for name, kind in kinds.items():
+        if tuple(kind.items()) != usual[0][0]:
+            return f"{name} has {_listed(kind)} in it, where other parameters have {_listed(dict(usual[0][0]))}"
     return ""
 
 # %% ../nbs/23_solver.ipynb #5e1f7b8f
