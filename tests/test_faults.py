@@ -199,8 +199,9 @@ def test_a_reader_that_dies_ends_the_run_with_the_same_line(seed, tmp_path):
     code, _, err = finished(tmp_path / "run", "data.num_workers=2", "hooks_name=Killing", "data.name=FakeData", f"seed={seed}",
                             "data.length=20000", "preprocess.img_size=8")
     assert code == 1
+    way = f"--resume output_dir={tmp_path}/run goes on from {tmp_path}/run/latest.pt"
     assert re.fullmatch(r"error: a process that reads images \(pid \d+\) was killed by signal 9 \(Killed\); often memory has "
-                        r"run out, and fewer data.num_workers need less\n", err), err
+                        rf"run out, and fewer data.num_workers need less; {re.escape(way)}\n", err), err
 
 
 @pytest.mark.slow
