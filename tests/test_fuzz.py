@@ -213,7 +213,7 @@ def test_odd_values_are_used_or_refused_with_a_short_message(kind, data, tmp_pat
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_1200_odd_values_are_used_or_refused_with_a_short_message(kind, data, tmp_path):
     torch.set_num_threads(1)

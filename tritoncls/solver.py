@@ -89,7 +89,10 @@ def difference(
                 return f"{name} has {entry} = {shown(value)} in it, which is neither a tensor nor a number"
             if isinstance(value, torch.Tensor) and value.ndim and value.shape != p.shape:
                 return f"{name} has the shape {tuple(value.shape)} in it, {tuple(p.shape)} here"
-            if p.ndim: kinds.setdefault(name, {})[entry] = _kind(value)
+            if not p.ndim: continue
+            kinds.setdefault(name, {})[entry] = _kind(value)
+            if _kind(value) == "a number" and not 0 <= float(value) < float("inf"):
+                return f"{name} has {entry} = {float(value):g} in it: allowed is 0 or more"
     usual = Counter(tuple(kind.items()) for kind in kinds.values()).most_common(1)
     for name, kind in kinds.items():
         if tuple(kind.items()) != usual[0][0]:
