@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,8 @@ def run(folder: Path, *command) -> str:
 def unpacked(tmp_path_factory) -> Path:
     "The source distribution, unpacked somewhere else."
     folder = tmp_path_factory.mktemp("sdist")
-    run(ROOT, "setup.py", "-q", "egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder)
+    with FileLock(tmp_path_factory.getbasetemp().parent / "sdist.lock"):  # it is put together in the checkout
+        run(ROOT, "setup.py", "-q", "egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder)
     [packed] = folder.glob("tritoncls-*.tar.gz")
     with tarfile.open(packed) as archive: archive.extractall(folder, filter="data")
     return folder / packed.name.removesuffix(".tar.gz")

@@ -44,7 +44,8 @@ import tritoncls
 
 tritoncls.CrossEntropyLos()
 tritoncls.cross_entropy("logits", 3)
-tritoncls.ModelEma(model=None, moment=0.9)
+tritoncls.ModelEma(model=None)
+tritoncls.CrossEntropyLoss(smoothing=0.1)
 """
 
 
@@ -65,7 +66,7 @@ def test_a_users_mistakes_are_found(tmp_path):
     (tmp_path / "user.py").write_text(MISTAKES)
     done = mypy(tmp_path, "--strict", "--follow-imports=silent", "user.py")
     found = sorted({(line.split(":")[1], line.rsplit("[")[-1]) for line in done.stdout.splitlines() if "error" in line})
-    assert found == [("4", "attr-defined]"), ("5", "arg-type]"), ("6", "arg-type]"), ("6", "call-arg]")], done.stdout
+    assert found == [("4", "attr-defined]"), ("5", "arg-type]"), ("6", "arg-type]"), ("7", "call-arg]")], done.stdout
 
 
 def test_the_packages_own_hints_resolve():
